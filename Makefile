@@ -1,0 +1,43 @@
+# One environment, .venv/, for everything. It is installed once, and again when pyproject.toml changes; after that
+# nothing here needs the network.
+#   make quickstart    train the shipped pipeline and watch its reward rise
+#   make test          all tests
+#   make lint          format, types, import contracts
+RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+PYTHON ?= $(firstword $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p $(RECENT) && echo $$p; done))
+WORKERS ?= 2
+BIN := .venv/bin
+STAMP := .venv/.installed
+OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+
+.PHONY: quickstart test lint format docs
+
+quickstart: $(STAMP)
+	$(OFFLINE) $(BIN)/rlalign train quickstart
+
+test: $(STAMP)
+	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/basedpyright
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)
+	$(BIN)/python -m pip install --quiet -e '.[docs]'
+	$(BIN)/mkdocs build --strict
+
+# torch and torchvision come in the same call as the rest, so that pip picks a pair that belongs together.
+$(STAMP): pyproject.toml setup.py
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || { \
+	    $(PYTHON) $(RECENT) || { \
+	        echo "rlalign needs Python 3.11 or newer, and none was found$(if $(PYTHON), as $(PYTHON))." \
+	             "Install one, or name it: make PYTHON=/path/to/python3.12 $(MAKECMDGOALS)" >&2; exit 2; }; \
+	    $(PYTHON) -m venv --clear .venv; }
+	$(BIN)/python -m pip install --disable-pip-version-check -e '.[test,ocr]'
+	@touch $@

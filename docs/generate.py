@@ -1,0 +1,101 @@
+"""Fills the tables of the pages from the code: `python docs/generate.py`. A test keeps the two together.
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is overwritten.
+"""
+
+import json
+import re
+import types
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
+
+from rlalign.algorithms import ddpo, grpo, nft
+from rlalign.checkpoint import CheckpointConfig
+from rlalign.evaluation.heldout import EvaluationConfig
+from rlalign.policy import RolloutConfig, Window
+from rlalign.reporting.glossary import METRICS
+from rlalign.scoring.config import RewardConfig
+from rlalign.scoring.remote import RemoteOptions
+from rlalign.workers.learner import EmaConfig, OptimizerConfig
+
+DOCS = Path(__file__).parent
+BLOCKS: dict[str, type[BaseModel]] = {
+    "rollout": RolloutConfig,
+    "window": Window,
+    "rewards": RewardConfig,
+    "url options": RemoteOptions,
+    "grpo": grpo.Config,
+    "ddpo": ddpo.Config,
+    "nft": nft.Config,
+    "ramp": nft.Ramp,
+    "optimizer": OptimizerConfig,
+    "ema": EmaConfig,
+    "evaluation": EvaluationConfig,
+    "checkpoint": CheckpointConfig,
+}
+MARKED = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def filled(page: str) -> str:
+    """The page with its tables as the code has them."""
+    return MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", page)
+
+
+def table(name: str) -> str:
+    return "\n".join(metrics() if name == "metrics" else keys(BLOCKS[name]))
+
+
+def metrics() -> Iterator[str]:
+    yield "| metric | meaning |"
+    yield "|---|---|"
+    yield from (f"| {_code(name)} | {_cell(meaning)} |" for name, meaning in METRICS.items())
+
+
+def keys(block: type[BaseModel]) -> Iterator[str]:
+    """One row a field: its name, what it may be, its default, its sentence."""
+    yield "| key | values | default | meaning |"
+    yield "|---|---|---|---|"
+    for name, field in block.model_fields.items():
+        default = field.get_default(call_default_factory=True, validated_data={})
+        shown = "required" if default is PydanticUndefined else _code(_yaml(default))
+        yield f"| `{name}` | {_values(field.annotation)} | {shown} | {_cell(field.description or '')} |"
+
+
+def _values(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return ", ".join(_code(_yaml(value)) for value in get_args(annotation))
+    if get_origin(annotation) in (Union, types.UnionType):
+        return " or ".join(_values(part) for part in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return "[" + ", ".join("..." if part is ... else _values(part) for part in get_args(annotation)) + "]"
+    if get_origin(annotation) is dict:
+        return "mapping"
+    if get_origin(annotation) is list:
+        return f"list of {_values(get_args(annotation)[0])}"
+    words = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    return words.get(annotation, "block") if isinstance(annotation, type) else _values(get_args(annotation)[0])
+
+
+def _yaml(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump()
+
+
+def _code(text: str) -> str:
+    return f"`{text}`"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+if __name__ == "__main__":
+    for page in sorted(DOCS.rglob("*.md")):
+        page.write_text(filled(page.read_text()))

@@ -1,0 +1,1 @@
+"""The reward catalogue: one file per reward, importable as `rlalign_rewards`."""

@@ -1,0 +1,5 @@
+"""python -m rlalign is the command line."""
+
+from rlalign.cli import main
+
+main()

@@ -1,0 +1,140 @@
+"""Rewards [P, G] -> advantages [P, G]: pure functions. Only entries where ``valid`` count; the others get 0.
+
+    center           A = r - mean_g
+    loo              A = r_i - mean_{j != i} r_j = G / (G - 1) (r_i - mean_g)    RLOO, arXiv 2402.14740
+    group_std        A = (r - mean_g) / std_g                                    GRPO, arXiv 2402.03300; DanceGRPO
+    global_std       A = (r - mean_g) / std of all rewards                       Flow-GRPO, arXiv 2505.05470; NFT
+    batch            A = (r - mean) / std of all rewards                         DDPO without tracker; DanceGRPO
+    advantage_aggr   A = sum_k w_k (r_k - mean_g) / std_g, per reward k          MixGRPO, arXiv 2507.21802
+    gdpo             A = c / std(c), c as advantage_aggr                         GDPO, arXiv 2601.05242
+
+A group whose rewards are all equal, or of which fewer than two are valid, gets exactly 0: it says nothing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlalign.settings import Settings
+from rlalign.types import Scores
+
+
+@dataclass(frozen=True, slots=True)
+class Std:
+    """How a standard deviation is estimated, and kept away from 0 where something is divided by it."""
+
+    unbiased: bool = False  # divide the squares by n - 1 (verl-omni, DanceGRPO, MixGRPO) or by n (all others)
+    delta: float = 1e-4
+    floor: float = 0.0
+
+    def guarded(self, std: Tensor) -> Tensor:
+        """max(std, floor) + delta."""
+        return std.clamp(min=self.floor) + self.delta
+
+
+class AdvantageSettings(Settings):
+    """The keys of group-relative algorithms that turn rewards into advantages; their ``Config`` takes them over."""
+
+    advantage: Literal["center", "loo", "group_std", "global_std", "batch", "gdpo", "advantage_aggr"] = "global_std"
+    """What is taken off a reward and what it is divided by; the table is in ``rlalign/algorithms/advantages.py``."""
+    std_estimator: Literal["population", "unbiased"] = "population"
+    """population divides the squares by n, unbiased by n - 1."""
+    std_delta: float = Field(default=1e-4, ge=0)
+    """Added to every std that something is divided by."""
+    std_floor: float = Field(default=0.0, ge=0)
+    """Lower bound of such a std: under gdpo and advantage_aggr an almost constant reward is amplified without it."""
+    trim: float = Field(default=0.0, ge=0, lt=1)
+    """The lowest share of a group's rewards that its mean and std leave out (MixGRPO); gdpo, loo and batch use all."""
+    adv_clip: float = Field(default=5.0, gt=0)
+    """Advantages are clamped to +-adv_clip."""
+
+
+def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
+    """[P, G] float32: the advantages that ``settings`` ask for."""
+    rewards, valid, trim = scores.total.double(), scores.valid, settings.trim
+    std = Std(settings.std_estimator == "unbiased", settings.std_delta, settings.std_floor)
+    parts = [reward.values.double() for reward in scores.training.values()]
+    weights = [reward.weight for reward in scores.training.values()]
+    advantages = {
+        "center": lambda: center(rewards, valid, trim),
+        "loo": lambda: loo(rewards, valid),
+        "group_std": lambda: group_std(rewards, valid, std, trim),
+        "global_std": lambda: global_std(rewards, valid, std, trim),
+        "batch": lambda: batch(rewards, valid, std),
+        "gdpo": lambda: gdpo(parts, weights, valid, std),
+        "advantage_aggr": lambda: advantage_aggr(parts, weights, valid, std, trim),
+    }[settings.advantage]()
+    return advantages.clamp(-settings.adv_clip, settings.adv_clip).float()
+
+
+def moments(values: Tensor, counted: Tensor, dims: list[int], unbiased: bool = False) -> tuple[Tensor, Tensor]:
+    """Mean and std of the counted entries over ``dims``, which are kept; the std of a single entry is 0."""
+    number = counted.sum(dims, keepdim=True)
+    mean = torch.where(counted, values, 0).sum(dims, keepdim=True) / number.clamp(min=1)
+    squares = torch.where(counted, values - mean, 0).square().sum(dims, keepdim=True)
+    return mean, (squares / (number - int(unbiased)).clamp(min=1)).sqrt()
+
+
+def flat(rewards: Tensor, valid: Tensor) -> Tensor:
+    """[P] bool: the group has no two valid rewards that differ, hence no signal."""
+    highest = torch.where(valid, rewards, -torch.inf).amax(1)
+    return highest <= torch.where(valid, rewards, torch.inf).amin(1)
+
+
+def lowest(rewards: Tensor, valid: Tensor, share: float) -> Tensor:
+    """[P, G] bool: the floor(share * n) lowest of the n valid rewards of a group."""
+    rank = torch.where(valid, rewards, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return rank < (share * valid.sum(1, keepdim=True)).floor()
+
+
+def center(rewards: Tensor, valid: Tensor, trim: float = 0.0) -> Tensor:
+    """A = r - mean_g; the mean is over what ``trim`` leaves of the group."""
+    mean, _ = moments(rewards, valid & ~lowest(rewards, valid, trim), [1])
+    return torch.where(valid & ~flat(rewards, valid)[:, None], rewards - mean, 0)
+
+
+def loo(rewards: Tensor, valid: Tensor) -> Tensor:
+    """A = r_i - mean_{j != i} r_j = n / (n - 1) (r_i - mean_g): the policy gradient without bias."""
+    number = valid.sum(1, keepdim=True)
+    return center(rewards, valid) * number / (number - 1).clamp(min=1)
+
+
+def group_std(rewards: Tensor, valid: Tensor, std: Std, trim: float = 0.0) -> Tensor:
+    """A = (r - mean_g) / std_g."""
+    _, spread = moments(rewards, valid & ~lowest(rewards, valid, trim), [1], std.unbiased)
+    return _divided(center(rewards, valid, trim), std.guarded(spread))
+
+
+def global_std(rewards: Tensor, valid: Tensor, std: Std, trim: float = 0.0) -> Tensor:
+    """A = (r - mean_g) / std of all rewards of the batch."""
+    _, spread = moments(rewards, valid, [0, 1], std.unbiased)
+    return _divided(center(rewards, valid, trim), std.guarded(spread))
+
+
+def batch(rewards: Tensor, valid: Tensor, std: Std) -> Tensor:
+    """A = (r - mean) / std, both of all rewards of the batch as if they were one group."""
+    return group_std(rewards.reshape(1, -1), valid.reshape(1, -1), std).reshape(rewards.shape)
+
+
+def advantage_aggr(
+    rewards: Sequence[Tensor], weights: Sequence[float], valid: Tensor, std: Std, trim: float = 0.0
+) -> Tensor:
+    """A = sum_k w_k (r_k - mean_g(r_k)) / std_g(r_k): every reward has its say, whatever its scale."""
+    parts = [w * group_std(r, valid, std, trim) for r, w in zip(rewards, weights, strict=True)]
+    return torch.stack(parts).sum(0)
+
+
+def gdpo(rewards: Sequence[Tensor], weights: Sequence[float], valid: Tensor, std: Std) -> Tensor:
+    """A = (c - mean(c)) / std(c), c = sum_k w_k (r_k - mean_g) / std_g; mean(c) is 0, since every group is centred."""
+    combined = advantage_aggr(rewards, weights, valid, std)
+    _, spread = moments(combined, valid, [0, 1], std.unbiased)
+    return _divided(combined, std.guarded(spread))
+
+
+def _divided(deviation: Tensor, std: Tensor) -> Tensor:
+    """0 / 0 = 0: with delta = floor = 0 a group without spread has no deviation either."""
+    return torch.where(deviation == 0, 0, deviation / std)

@@ -1,0 +1,57 @@
+"""The algorithm interface: rewards -> advantages, and trajectories -> losses. It never asks which model it trains.
+
+An algorithm is one file in this folder. It defines a pydantic ``Config``, one final class named ``Algorithm`` built as
+``Algorithm(config)``, ``OVERLAY`` (what choosing it means for the blocks rollout, optimizer and ema of a run file) and
+optionally ``PRESETS`` (overlays under the names of papers; their ``algorithm`` block holds this file's own keys).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from torch import Tensor
+
+from rlalign.mdp.noise import Noise
+from rlalign.policy import Policy
+from rlalign.types import Scores, State, Trajectory
+
+SampleWith = Literal["policy", "old", "ema"]
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What an algorithm needs of the rest; everything else is not computed, kept or shipped."""
+
+    trajectory: bool  # stochastic steps kept with their log-probs; False: final latents alone
+    old: bool = False  # a second, lagging set of weights
+    silent_zero: bool = False  # a row with advantage 0 has no gradient, so micro-batches of such rows may be skipped
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """One term to back-propagate. The learner sums rows over its share and divides by the planned number of rows."""
+
+    rows: Tensor  # [b]   with graph
+    means: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # metrics [b], logged as means over rows
+    maxima: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # metrics [b], logged as maxima over rows
+
+
+class Algorithm(Protocol):
+    needs: Needs
+    sample_with: SampleWith
+
+    def advantages(self, scores: Scores) -> Tensor:
+        """[P, G] float32, 0 where a score is invalid; on the driver, may keep state (running baselines)."""
+        ...
+
+    def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
+        """Losses of one micro-batch: every row its own prompt (P = B = b), advantages [b]. One backward per Loss."""
+        ...
+
+    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
+        """After all updates of a step (``updates`` made since the start): moves old or reference weights; metrics."""
+        ...
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...

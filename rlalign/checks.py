@@ -1,0 +1,97 @@
+"""What only several blocks together can tell: settings that cannot work are refused, doubtful ones warned of."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlalign.config import RunConfig
+from rlalign.prompts import PromptSet
+from rlalign.scoring import check_rewards
+
+NEEDS_NO_LEVEL = ("memoryless", "flash_sde", "ddpm")  # kernels that bring their own noise
+LR_LORA, LR_FULL = (1e-5, 3e-3), (1e-7, 1e-4)
+SMALL_GROUP = 8
+LARGE_EPS = 1e-9
+
+
+def refuse(config: RunConfig) -> None:
+    """ValueError, one sentence that says what to change, for the first setting that cannot work."""
+    for problem in _problems(config):
+        raise ValueError(problem)
+
+
+def _problems(config: RunConfig) -> Iterator[str]:
+    rollout, evaluation = config.rollout, config.evaluation
+    needs = config.algorithm_module.Algorithm(config.algorithm).needs
+    if config.runtime.kind == "ray":
+        yield "runtime.kind ray: this version has no Ray runtime yet; use runtime=local"
+    try:
+        check_rewards(config.rewards)
+    except ValueError as error:
+        yield f"rewards: {error}"
+    if config.updates_per_step > rollout.prompts_per_step:
+        yield (
+            f"algorithm.updates_per_step is {config.updates_per_step}, but a step has only "
+            f"{rollout.prompts_per_step} groups to share out; lower it, or raise rollout.prompts_per_step"
+        )
+    if needs.trajectory:
+        yield from _no_noise(config)
+    if evaluation.weights == "ema" and config.ema is None:
+        yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9, every: 8} or evaluation.weights=policy"
+    if evaluation.weights == "old" and not needs.old:
+        yield "evaluation.weights is old, but this algorithm keeps no old policy; set evaluation.weights=policy"
+    if evaluation.num_images % evaluation.samples_per_prompt:
+        whole = max(1, evaluation.num_images // evaluation.samples_per_prompt) * evaluation.samples_per_prompt
+        yield (
+            f"evaluation.num_images is {evaluation.num_images}, which is no multiple of evaluation.samples_per_prompt "
+            f"{evaluation.samples_per_prompt}; set it to {whole}"
+        )
+
+
+def _no_noise(config: RunConfig) -> Iterator[str]:
+    """A trajectory algorithm learns from stochastic steps."""
+    rollout = config.rollout
+    if rollout.num_steps == 1:
+        yield "rollout.num_steps is 1, and the last step is never trained, so nothing would be; set it to 2 or more"
+    if rollout.noise_level == 0 and rollout.kernel not in NEEDS_NO_LEVEL:
+        yield (
+            f"rollout.noise_level is 0, which makes the steps of {rollout.kernel} deterministic, and this algorithm "
+            "learns from stochastic ones; set it above 0"
+        )
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """One sentence for each setting that works but is probably not meant."""
+    return [*_doubts(config)]
+
+
+def _doubts(config: RunConfig) -> Iterator[str]:
+    rollout = config.rollout
+    low, high = LR_LORA if config.model.lora else LR_FULL
+    if not low <= config.optimizer.lr <= high:
+        kind = "LoRA" if config.model.lora else "full fine-tuning"
+        yield f"optimizer.lr {config.optimizer.lr:g} is outside {low:g} to {high:g}, where {kind} is known to work"
+    if rollout.samples_per_prompt < SMALL_GROUP:
+        yield f"groups of {rollout.samples_per_prompt} give noisy advantages; {SMALL_GROUP} or more are usual"
+    images = rollout.prompts_per_step * rollout.samples_per_prompt
+    if rollout.micro_batch > images:
+        yield f"rollout.micro_batch {rollout.micro_batch} is more than the {images} images of a step; the rest is padding"
+    trajectory = config.algorithm_module.Algorithm(config.algorithm).needs.trajectory
+    if trajectory and rollout.logprob_reduction == "mean" and config.optimizer.eps > LARGE_EPS:
+        yield f"optimizer.eps {config.optimizer.eps:g} can swallow the tiny gradients of mean log-probs; 1e-15 is safe"
+    yield from _prompt_doubts(config)
+
+
+def _prompt_doubts(config: RunConfig) -> Iterator[str]:
+    if _same(config.prompts.train, config.prompts.heldout):
+        yield "prompts.heldout is the training file, so evaluation cannot show whether anything generalises"
+        return
+    train, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
+    if len(train.prompts) < config.rollout.prompts_per_step:
+        yield f"prompts.train has {len(train.prompts)} prompts, so a step of {config.rollout.prompts_per_step} repeats some"
+    shared = {prompt.text for prompt in train.prompts} & {prompt.text for prompt in heldout.prompts}
+    if shared:
+        yield f"{len(shared)} prompts stand in both prompts.train and prompts.heldout, {min(shared)!r} for one"
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and other.exists() and one.samefile(other)

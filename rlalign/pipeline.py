@@ -1,0 +1,92 @@
+"""Prompts -> rollouts -> rewards, at most max_staleness + 1 batches under way.
+
+    launch(step)  ->  sampler.sample(unit)  ->  trajectory (stays for the learner)
+                                            ->  images -> scorer.score -> scores (small, to the driver)
+
+A batch is launched only when a slot is free, so nothing is born staler than ``max_staleness`` versions.
+"""
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+from rlalign.policy import RolloutConfig
+from rlalign.prompts import PromptSet
+from rlalign.runtime.pool import Pool
+from rlalign.types import Prompt, Scores, Unit
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's work: references to its trajectories and scores, unit by unit."""
+
+    step: int
+    units: list[Unit]
+    trajectories: list[Any]  # Ref -> Trajectory
+    images: list[Any]  # Ref -> uint8 [B, (F,) 3, H, W]
+    scores: list[Any]  # Ref -> Scores
+
+
+class Pipeline:
+    def __init__(
+        self,
+        samplers: Pool,
+        scorers: Pool,
+        prompts: PromptSet,
+        settings: RolloutConfig,
+        seed: int,
+        steps: range,
+        max_staleness: int,
+    ) -> None:
+        self.samplers, self.scorers = samplers, scorers
+        self.prompts, self.settings, self.seed = prompts, settings, seed
+        self.steps = iter(steps)
+        self.slots = max_staleness + 1
+        self.under_way: deque[Batch] = deque()
+        self.taken = 0
+
+    def take(self) -> Batch:
+        """The oldest batch; its slot stays taken until ``release``."""
+        self._launch()
+        self.taken = 1
+        return self.under_way.popleft()
+
+    def release(self) -> None:
+        """The batch that was taken is used up: the freed slot starts on the weights published last."""
+        self.taken = 0
+        self._launch()
+
+    def _launch(self) -> None:
+        while len(self.under_way) + self.taken < self.slots:
+            step = next(self.steps, None)
+            if step is None:
+                return
+            prompts = self.prompts.at(self.seed, step, self.settings.prompts_per_step)
+            self.under_way.append(self._start(step, prompts))
+
+    def _start(self, step: int, prompts: tuple[Prompt, ...]) -> Batch:
+        units = split(step, prompts, self.settings.samples_per_prompt, self.settings.micro_batch)
+        rollouts = [self.samplers.submit("sample", unit, returns=2) for unit in units]
+        scores = [
+            self.scorers.submit("score", images, unit, ("train",))
+            for unit, (_, images) in zip(units, rollouts, strict=True)
+        ]
+        return Batch(step, units, [t for t, _ in rollouts], [i for _, i in rollouts], scores)
+
+
+def split(
+    step: int, prompts: tuple[Prompt, ...], samples: int, micro_batch: int, purpose: str = "rollout"
+) -> list[Unit]:
+    """Work units of whole groups, the fewest that fill whole micro-batches."""
+    size = micro_batch // math.gcd(samples, micro_batch)
+    return [
+        Unit(step, tuple(range(start, start + len(part))), part, samples, purpose)
+        for start in range(0, len(prompts), size)
+        if (part := prompts[start : start + size])
+    ]
+
+
+def gather(scorers: Pool, batch: Batch) -> Scores:
+    """The batch's scores, groups in order."""
+    return Scores.concat(scorers.get(batch.scores))

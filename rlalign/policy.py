@@ -1,0 +1,268 @@
+"""A policy: a family's net, its weights under several names, and the transition kernel. Sampler and learner share it."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from rlalign.mdp.noise import Noise
+from rlalign.mdp.prediction import Prediction, from_network
+from rlalign.mdp.rollout import Chain, rollout
+from rlalign.mdp.solvers import SOLVERS
+from rlalign.mdp.transition import KERNELS, Gaussian
+from rlalign.models.base import Family
+from rlalign.models.lora import reference_weights
+from rlalign.settings import Settings
+from rlalign.types import Cond, Level, Schedule, Size, Trajectory
+
+Variant = Literal["policy", "old", "ema", "reference"]
+
+
+class Window(Settings):
+    """Which steps are stochastic and trained: ``size`` neighbours, their place drawn per group."""
+
+    size: int = Field(ge=1)
+    """How many steps."""
+    range: tuple[int, int]
+    """First step that may belong to the window, and the step that may not any more."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Window":
+        low, high = self.range
+        if low < 0 or high - low < self.size:
+            raise ValueError(f"a window of {self.size} steps does not fit into range {list(self.range)}")
+        return self
+
+
+class RolloutConfig(Settings):
+    """How samples are made."""
+
+    prompts_per_step: int = Field(default=24, ge=1)
+    """P: groups of a step."""
+    samples_per_prompt: int = Field(default=8, ge=2)
+    """G: samples of a group. A group of one has no advantage and cannot learn."""
+    num_steps: int = Field(default=10, ge=1)
+    """N: denoising steps."""
+    guidance_scale: float = Field(default=1.0, ge=0)
+    """Classifier-free guidance; 1 means one pass of the net a step."""
+    size: tuple[int, int] | tuple[int, int, int]
+    """Height and width in pixels, and frames for video."""
+    kernel: Literal["flow_sde", "dance_sde", "memoryless", "flash_sde", "cps", "ddim", "ddpm", "precise"] = "flow_sde"
+    """Transition of the stochastic steps."""
+    noise_level: float = Field(default=0.7, ge=0)
+    """The kernel's knob: a of Flow-SDE and CPS, eta of Dance-SDE and DDIM."""
+    window: Window | None = None
+    """Stochastic steps; null: all but the last."""
+    train_fraction: float = Field(default=1.0, gt=0, le=1)
+    """Share of the stochastic steps that is kept and trained, drawn per group (DanceGRPO: 0.6)."""
+    last_step: Literal["ode", "sde_untrained"] = "ode"
+    """sde_untrained adds noise to the last step too, as the first Flow-GRPO pipeline does; never trained."""
+    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    """Solver of the deterministic steps."""
+    shift: float | None = Field(default=None, gt=0)
+    """Time shift of the plain grid; null takes the model's own schedule."""
+    init_noise: Literal["independent", "shared"] = "independent"
+    """shared: the samples of a group start from the same noise (DanceGRPO, MixGRPO)."""
+    time_to_net: Literal["float", "int"] = "float"
+    """int truncates the time that the net is told (DanceGRPO)."""
+    logprob_reduction: Literal["mean", "sum"] = "mean"
+    """mean over latent elements, as every public framework, or the true density."""
+    cps_logprob: Literal["gaussian", "unscaled"] = "gaussian"
+    """unscaled: -mean (x' - mean)^2 under the cps kernel, as flow_grpo and verl-omni."""
+    uncond_grad: bool = True
+    """False detaches the unconditional half of guidance, which then costs no backward pass (flow_grpo)."""
+    micro_batch: int = Field(default=16, ge=1)
+    """Rows of one pass of the net, the same in rollout and replay; part of the numbers."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> "RolloutConfig":
+        if self.window and self.window.range[1] > self.num_steps - 1:
+            raise ValueError(
+                f"window.range {list(self.window.range)} leaves the {self.num_steps} steps: the last step is always "
+                f"deterministic, so range may end at {self.num_steps - 1} at most"
+            )
+        if self.cps_logprob == "unscaled" and self.kernel != "cps":
+            raise ValueError("cps_logprob: unscaled belongs to kernel: cps")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One replayed step of b rows, under the weights in use."""
+
+    gaussian: Gaussian
+    prediction: Prediction
+    now: Level
+    nxt: Level
+
+
+class Policy:
+    """Weights and kernel. ``policy`` is what the net holds; ``old`` and ``ema`` are copies; ``reference`` is the start."""
+
+    def __init__(self, family: Family, settings: RolloutConfig, parameters: dict[str, nn.Parameter], lora: bool) -> None:
+        self.family = family
+        self.settings = settings
+        self.size = Size(*settings.size)
+        self.latent_shape = family.latent_shape(self.size)
+        self.parameters = parameters
+        self.lora = lora
+        self.copies: dict[str, dict[str, Tensor]] = {}
+        if not lora:
+            self.keep("reference")
+        first = next(iter(parameters.values()))
+        self.device, self.dtype = first.device, next(next(iter(family.nets.values())).parameters()).dtype
+
+    # --- weights under several names
+
+    def keep(self, name: str) -> None:
+        """Starts a copy of the present weights under ``name``."""
+        self.copies[name] = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
+
+    @torch.no_grad()
+    def blend(self, name: str, decay: float) -> None:
+        """copy <- decay * copy + (1 - decay) * policy."""
+        for key, copy in self.copies[name].items():
+            copy.lerp_(self.parameters[key].detach().to(copy.dtype), 1 - decay)
+
+    @contextmanager
+    def using(self, name: Variant) -> Iterator[None]:
+        """The net computes with these weights inside the block; nothing inside may train."""
+        if name == "policy":
+            yield
+        elif name == "reference" and self.lora:
+            with reference_weights(self.family.nets):
+                yield
+        else:
+            own = {key: parameter.data for key, parameter in self.parameters.items()}
+            try:
+                self._point_at(self.copies[name])
+                yield
+            finally:
+                self._point_at(own)
+
+    def _point_at(self, tensors: dict[str, Tensor]) -> None:
+        for key, parameter in self.parameters.items():
+            parameter.data = tensors[key]
+
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The tensors themselves, by parameter name; not copies."""
+        return {key: p.data for key, p in self.parameters.items()} if name == "policy" else self.copies[name]
+
+    @torch.no_grad()
+    def load(self, name: str, tensors: dict[str, Tensor]) -> None:
+        """Overwrites the weights under ``name``. ValueError when names or shapes are not exactly those held."""
+        if name != "policy" and name not in self.copies:
+            self.keep(name)
+        held = self.weights(name)
+        if held.keys() != tensors.keys():
+            missing, strange = sorted(held.keys() - tensors.keys()), sorted(tensors.keys() - held.keys())
+            raise ValueError(f"weights {name!r}: {len(missing)} missing {missing[:3]}, {len(strange)} strange {strange[:3]}")
+        for key, tensor in tensors.items():
+            if held[key].shape != tensor.shape:
+                raise ValueError(f"weights {name!r}: {key} is {list(tensor.shape)}, not {list(held[key].shape)}")
+            held[key].copy_(tensor)
+
+    # --- one guided prediction, for everyone
+
+    def predict(self, x: Tensor, time: Tensor, level: Level, cond: Cond, uncond: Cond | None, scale: float) -> Prediction:
+        """x [b, *L] at ``level``, time [b] -> the implied clean latent and noise, in x's dtype."""
+        told = time.trunc() if self.settings.time_to_net == "int" else time
+        output = self._guided(x.to(self.dtype), told, cond, uncond, scale).to(x.dtype)
+        return from_network(self.family.prediction, output, x, level)
+
+    def _guided(self, x: Tensor, time: Tensor, cond: Cond, uncond: Cond | None, scale: float) -> Tensor:
+        net = self.family.predict
+        if uncond is None or scale == 1:
+            return net(x, time, cond, self.size)
+        if self.settings.uncond_grad:  # one doubled pass
+            both = {name: torch.cat([uncond[name], cond[name]]) for name in cond}
+            negative, positive = net(torch.cat([x, x]), torch.cat([time, time]), both, self.size).chunk(2)
+        else:  # a pass of its own in rollout too, so that its bits agree with the replay's
+            with torch.no_grad():
+                negative = net(x, time, uncond, self.size)
+            positive = net(x, time, cond, self.size)
+        return self.family.guide(positive, negative, scale)
+
+    # --- rollout and replay: the same functions on the same numbers
+
+    def schedule(self, settings: RolloutConfig) -> Schedule:
+        if settings.shift is not None:
+            from rlalign.mdp.schedule import flow_schedule, plain_sigmas
+
+            return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
+        return self.family.schedule(settings.num_steps, self.size)
+
+    def kernel(self, x: Tensor, prediction: Prediction, now: Level, nxt: Level) -> Gaussian:
+        return KERNELS[self.settings.kernel](x, prediction, now, nxt, self.settings.noise_level)
+
+    def log_prob(self, gaussian: Gaussian, x_next: Tensor) -> Tensor:
+        """[b] of x_next [b, *L], in the reduction that the run uses."""
+        if self.settings.cps_logprob == "unscaled":
+            return -(x_next - gaussian.mean).square().flatten(1).mean(1)
+        return gaussian.log_prob(x_next, self.settings.logprob_reduction)
+
+    def roll_out(
+        self,
+        x: Tensor,
+        cond: Cond,
+        uncond: Cond | None,
+        schedule: Schedule,
+        stochastic: Tensor,
+        kept: Tensor,
+        noise: Callable[[int], Tensor],
+        settings: RolloutConfig,
+    ) -> Chain:
+        """Denoises x [b, *L]; stochastic [b, N] bool, kept [b, K]; noise(k) -> [b, *L]."""
+
+        def predict(state: Tensor, k: int) -> Prediction:
+            time = schedule.time[k].to(self.device).expand(state.shape[0])
+            level = schedule.level(k, state)
+            return self.predict(state, time, level, cond, uncond, settings.guidance_scale)
+
+        return rollout(
+            predict, x, schedule, stochastic, kept, self.kernel, SOLVERS[settings.solver], noise, self.log_prob
+        )
+
+    def replay(self, sample: Trajectory, slot: int) -> Step:
+        """Kept step ``slot`` again under the weights in use; sample is a micro-batch with P = B = b."""
+        x, at = sample.x[:, slot], sample.steps[:, slot].cpu()
+        now, nxt = sample.schedule.level(at, x), sample.schedule.level(at + 1, x)
+        time = sample.schedule.time[at].to(x.device)
+        prediction = self.predict(x, time, now, sample.cond, sample.uncond, self.settings.guidance_scale)
+        return Step(self.kernel(x, prediction, now, nxt), prediction, now, nxt)
+
+    def predict_noised(self, sample: Trajectory, x: Tensor, t: Tensor) -> Prediction:
+        """Forward-process methods: x [b, *L] on the flow path at t [b] in (0, 1)."""
+        shape = (-1, *[1] * (x.ndim - 1))
+        sigma = t.to(x.dtype).reshape(shape)
+        level = Level(1 - sigma, sigma, sample.schedule.sigma[1].to(x.device))
+        return self.predict(x, 1000 * t.float(), level, sample.cond, sample.uncond, self.settings.guidance_scale)
+
+
+def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, group: int) -> tuple[Tensor, Tensor]:
+    """Which steps of a group are stochastic [N] bool, and which of them are kept [K] int64, in order.
+
+    Drawn per group, never per row (SPEC_KERNELS 11). ``keep`` False: a deterministic rollout, nothing kept.
+    """
+    num_steps = settings.num_steps
+    stochastic = torch.zeros(num_steps, dtype=torch.bool)
+    if not keep:
+        return stochastic, torch.zeros(0, dtype=torch.int64)
+    address = (step, group, 0)
+    if settings.window:
+        low, high = settings.window.range
+        start = low + noise.integer("window", address, high - low - settings.window.size + 1)
+        stochastic[start : start + settings.window.size] = True
+    else:
+        stochastic[:-1] = True
+    kept = stochastic.nonzero().flatten()
+    count = max(1, int(settings.train_fraction * len(kept)))
+    if count < len(kept):
+        kept = kept[noise.permutation("trained_steps", address, len(kept))[:count].sort().values]
+    if settings.last_step == "sde_untrained":
+        stochastic[-1] = True
+    return stochastic, kept

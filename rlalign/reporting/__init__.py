@@ -1,0 +1,1 @@
+"""What a run leaves for people: metrics.jsonl, TensorBoard, picture grids, alarms, report.html, the progress bar."""

@@ -1,0 +1,63 @@
+"""What every metric means, in one sentence; shown in the report, by TensorBoard readers and in the documentation."""
+
+import re
+from collections.abc import Mapping
+
+METRICS: dict[str, str] = {
+    "step": "Number of the row: updates done before it.",
+    "reward/mean": "Weighted sum of the training rewards, mean over this step's images; noisy, for the prompts change.",
+    "reward/std": "Spread of that sum over this step's images; near 0 there is nothing left to learn from.",
+    "reward/group_std": "Spread within the images of one prompt, mean over prompts: what advantages are made of.",
+    "reward/zero_std_groups": "Share of prompts whose images all scored the same; they teach nothing.",
+    "reward/valid": "Share of this step's images for which every training reward gave a number.",
+    "reward/<name>/mean": "This reward alone, unweighted, mean over this step's images.",
+    "reward/<name>/std": "Spread of this reward over this step's images.",
+    "reward/<name>/error": "Share of images this reward failed on; they are left out, never counted as 0.",
+    "eval/reward/mean": "Weighted sum of the training rewards on held-out prompts and fixed noise: what to believe.",
+    "eval/reward/<name>/mean": "This reward alone, whatever its role, on held-out prompts and fixed noise.",
+    "eval/task/<task>": "Share of held-out images of this task that are right.",
+    "eval/diversity": "Distance between held-out images of one prompt, over the base's; below 0.8 is a warning.",
+    "eval/distance": "Root mean square pixel distance between held-out images of one prompt.",
+    "eval/<detail>": "A detail that a reward reports beside its score, mean over the held-out images it applies to.",
+    "eval_final/<metric>": "The same as eval/..., of the finished weights.",
+    "advantage/abs_mean": "Mean size of the advantages: how strongly images are pushed.",
+    "kl": "Divergence of the trained steps from the base model's, as the algorithm penalises it.",
+    "policy_loss": "The reward term alone, without penalties; its gradient teaches, its value says little.",
+    "ratio/mean": "Mean probability ratio of the new to the sampling weights; stays near 1.",
+    "ratio/max_abs_dev": "Largest |ratio - 1| at the step's first update: exactly 0 when sampler and learner agree.",
+    "clip_fraction": "Share of ratios outside the clip range, whose gradient is cut; above 0.5 updates are too large.",
+    "clip_fraction_high": "Share of ratios above the clip range.",
+    "clip_fraction_low": "Share of ratios below the clip range.",
+    "grad_norm": "Length of the gradient before it is clipped; a sudden tenfold rise means trouble.",
+    "grad_rms": "Root mean square of one parameter's gradient; must stay well above the optimizer's eps.",
+    "lr": "Learning rate of the step.",
+    "diversity": "Distance between this step's images of one prompt, over that of the base, step 0.",
+    "distance": "Root mean square pixel distance between this step's images of one prompt.",
+    "staleness": "Versions between the weights that sampled and the weights being updated; 0 is on-policy.",
+    "images": "Images generated for training since the start of the run.",
+    "images_per_s": "Training images a second, over time/step_s.",
+    "time/step_s": "Seconds of the step, without evaluation and checkpoint.",
+    "time/rollout_s": "Seconds the samplers were generating.",
+    "time/reward_s": "Seconds the scorers were scoring.",
+    "time/update_s": "Seconds the learner was computing losses and gradients.",
+    "time/publish_s": "Seconds spent on handing new weights to the samplers.",
+    "time/eval_s": "Seconds of held-out evaluation.",
+    "time/checkpoint_s": "Seconds of writing the checkpoint.",
+    "runtime/<metric>": "About the machine, not about learning.",
+}
+"""Names with <...> stand for any word there; exact names come before patterns, longer patterns before shorter ones."""
+
+
+def explain(name: str, more: Mapping[str, str] | None = None) -> str | None:
+    """The sentence for a metric's name; ``more`` are sentences of an algorithm's or a reward's own metrics."""
+    known = {**METRICS, **(more or {})}
+    if name in known:
+        return known[name]
+    patterns = sorted((key for key in known if "<" in key), key=len, reverse=True)
+    return next((known[pattern] for pattern in patterns if _matches(pattern, name)), None)
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """<metric> and <detail> reach over slashes, other words do not."""
+    regex = re.escape(pattern).replace("<metric>", ".+").replace("<detail>", ".+")
+    return re.fullmatch(re.sub(r"<\w+>", "[^/]+", regex), name) is not None

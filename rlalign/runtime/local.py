@@ -1,0 +1,75 @@
+"""Pools in this process: every worker has a thread, and does its calls in the order in which they were made."""
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class LocalRef:
+    future: "Future[Any]"
+    index: int | None = None  # which of the values, for a call that returns several
+
+    def value(self) -> Any:
+        result = self.future.result()
+        return result if self.index is None else result[self.index]
+
+
+class LocalPool:
+    """Calls go to the workers in turn, so that which worker does what is the same in every run."""
+
+    def __init__(self, workers: Sequence[Any], threads: int) -> None:
+        self.workers = list(workers)
+        self.size = len(self.workers)
+        self.executors = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) for _ in workers]
+        self.turn = 0
+        self.busy: dict[str, float] = defaultdict(float)
+
+    def submit(self, method: str, *args: Any, returns: int = 1) -> Any:
+        future = self._call(self.turn % self.size, method, args)
+        self.turn += 1
+        return LocalRef(future) if returns == 1 else tuple(LocalRef(future, i) for i in range(returns))
+
+    def scatter(self, method: str, items: Sequence[tuple[Any, ...]]) -> list[LocalRef]:
+        return [LocalRef(self._call(worker, method, args)) for worker, args in enumerate(items)]
+
+    def broadcast(self, method: str, *args: Any) -> list[LocalRef]:
+        return [LocalRef(self._call(worker, method, args)) for worker in range(self.size)]
+
+    def get(self, refs: Sequence[LocalRef]) -> list[Any]:
+        return [ref.value() for ref in refs]
+
+    def timings(self) -> dict[str, float]:
+        busy, self.busy = self.busy, defaultdict(float)
+        return dict(busy)
+
+    def close(self) -> None:
+        for executor in self.executors:
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _call(self, worker: int, method: str, args: tuple[Any, ...]) -> "Future[Any]":
+        function: Callable[..., Any] = getattr(self.workers[worker], method)
+
+        def call() -> Any:
+            values = resolved(args)
+            started = time.perf_counter()
+            try:
+                return function(*values)
+            finally:
+                self.busy[method] += time.perf_counter() - started
+
+        return self.executors[worker].submit(call)
+
+
+def resolved(value: Any) -> Any:
+    """References in arguments, also inside lists and tuples, become their values."""
+    if isinstance(value, LocalRef):
+        return value.value()
+    if isinstance(value, list | tuple):
+        return type(value)(resolved(item) for item in value)
+    return value

@@ -1,0 +1,218 @@
+"""Frozen values that travel between the parts.
+
+Shape letters, used everywhere:
+    P prompts · G samples per prompt · B = P*G rows, ordered by prompt: row b belongs to prompt b // G
+    N denoising steps · K stochastic (kept) steps · *L latent axes (C,H,W | C,F,H,W | tokens,C)
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Cond = dict[str, Tensor]
+"""Encoded prompts by the family's own names; every tensor is [P, ...]."""
+
+Role = Literal["train", "monitor", "heldout"]
+"""What a reward is for: advantages, curves only, or never anything but evaluation."""
+
+
+class Size(NamedTuple):
+    """Pixels of the decoded sample; frames = 1 is an image."""
+
+    height: int
+    width: int
+    frames: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the user asks for; ``metadata`` is for rewards (GenEval's tag and include, the text to render ...)."""
+
+    text: str
+    negative: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    image: Tensor | None = None
+    video: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """One noise level of a chain, ``x = alpha * x0 + sigma * eps``, shaped to broadcast against latents."""
+
+    alpha: Tensor  # [] or [B, 1, ...]
+    sigma: Tensor  # [] or [B, 1, ...]
+    interior: Tensor  # []  sigma_1 of the schedule: what Flow-SDE puts in place of sigma = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The points of a chain from noise (row 0) to sample (row N), made once and never recomputed."""
+
+    alpha: Tensor  # [N+1] float32 or float64
+    sigma: Tensor  # [N+1] float32 or float64, falling
+    time: Tensor  # [N+1] float32   what the network is told
+
+    @property
+    def num_steps(self) -> int:
+        return self.sigma.shape[0] - 1
+
+    def level(self, point: int | Tensor, like: Tensor) -> Level:
+        """The level at ``point`` (an index, or one index a row [B]), ready to broadcast against ``like`` [B, *L]."""
+        index = torch.as_tensor(point, device=self.sigma.device)
+        shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
+        alpha, sigma = self.alpha[index].reshape(shape), self.sigma[index].reshape(shape)
+        return Level(alpha.to(like.device), sigma.to(like.device), self.sigma[1].to(like.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Trajectory:
+    """What a learner needs of rollouts, exactly as the sampler held it."""
+
+    cond: Cond  # each [P, ...]
+    uncond: Cond | None  # each [P, ...]   what replay needs for guidance
+    schedule: Schedule  # [N+1]
+    steps: Tensor  # [P, K] int64   which steps were stochastic and are kept; K = 0 for forward-process algorithms
+    x: Tensor  # [B, K, *L]   state before each kept step, after rounding
+    x_next: Tensor  # [B, K, *L]   state after each kept step, after rounding
+    log_probs: Tensor  # [B, K] float32   under the weights that sampled
+    final: Tensor  # [B, *L]   clean latent
+    version: Tensor  # [B] int64   which weights sampled the row
+    address: Tensor  # [B, 3] int64   (step, group, sample): seeds are addresses
+
+    @property
+    def num_rows(self) -> int:
+        return self.final.shape[0]
+
+    @property
+    def num_kept(self) -> int:
+        return self.steps.shape[1]
+
+    def take(self, rows: Tensor) -> "Trajectory":
+        """Those rows [b] as a trajectory of its own in which every row is its own prompt (P = B = b)."""
+        prompts = rows // (self.num_rows // self.steps.shape[0])
+        per_row = ("x", "x_next", "log_probs", "final", "version", "address")
+        return replace(
+            self,
+            cond={name: value[prompts] for name, value in self.cond.items()},
+            uncond=None if self.uncond is None else {name: value[prompts] for name, value in self.uncond.items()},
+            steps=self.steps[prompts],
+            **{name: getattr(self, name)[rows] for name in per_row},
+        )
+
+    def to(self, device: torch.device | str) -> "Trajectory":
+        return replace(self, **{f.name: _moved(getattr(self, f.name), device) for f in fields(self)})
+
+    @staticmethod
+    def concat(parts: "Sequence[Trajectory]") -> "Trajectory":
+        """Trajectories of one schedule, one after the other."""
+        first = parts[0]
+        joined = ("steps", "x", "x_next", "log_probs", "final", "version", "address")
+        return replace(
+            first,
+            cond=_joined([part.cond for part in parts]),
+            uncond=None if first.uncond is None else _joined([part.uncond or {} for part in parts]),
+            **{name: torch.cat([getattr(part, name) for part in parts]) for name in joined},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A piece of work that one sampler and one scorer do alone: all samples of some whole groups of a step."""
+
+    step: int
+    groups: tuple[int, ...]  # the slots 0..P-1 of the batch that these prompts stand in
+    prompts: tuple[Prompt, ...]
+    samples: int  # G
+    purpose: str = "rollout"  # part of every noise address: evaluation never draws a rollout's noise
+
+
+@dataclass(frozen=True, slots=True)
+class RewardScores:
+    """One reward's word on a batch. Where ``valid`` is False the value is 0 and means nothing."""
+
+    values: Tensor  # [P, G] float32
+    valid: Tensor  # [P, G] bool
+    role: Role
+    weight: float
+    details: dict[str, Tensor] = field(default_factory=dict[str, Tensor])  # each [P, G], NaN = not applicable; log only
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """All rewards of a batch, by name: the only data about samples that the driver holds."""
+
+    rewards: dict[str, RewardScores]
+    prompts: tuple[str, ...] = ()  # P texts, for running per-prompt baselines
+    distance: Tensor | None = None  # [P]   mean pairwise RMS pixel distance within each group
+
+    @property
+    def training(self) -> dict[str, RewardScores]:
+        return {name: reward for name, reward in self.rewards.items() if reward.role == "train"}
+
+    @property
+    def valid(self) -> Tensor:
+        """[P, G] bool: every training reward gave a number."""
+        return torch.stack([reward.valid for reward in self.training.values()]).all(0)
+
+    @property
+    def total(self) -> Tensor:
+        """[P, G] float32: weighted sum of the training rewards, 0 where invalid."""
+        weighted = torch.stack([reward.weight * reward.values for reward in self.training.values()])
+        return weighted.sum(0) * self.valid
+
+    @staticmethod
+    def concat(parts: "Sequence[Scores]") -> "Scores":
+        """Scores of consecutive groups, one after the other."""
+        return Scores(
+            rewards={name: _stacked([part.rewards[name] for part in parts]) for name in parts[0].rewards},
+            prompts=tuple(text for part in parts for text in part.prompts),
+            distance=torch.cat([part.distance for part in parts if part.distance is not None]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a part must remember between runs: tensors for safetensors, plain values for JSON."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    values: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def part(self, name: str) -> "State":
+        """The state that was put under ``name`` by ``State.join``."""
+        prefix = f"{name}/"
+        tensors = {key.removeprefix(prefix): t for key, t in self.tensors.items() if key.startswith(prefix)}
+        return State(tensors, self.values.get(name, {}))
+
+    @staticmethod
+    def join(parts: "Mapping[str, State]") -> "State":
+        tensors = {f"{name}/{key}": t for name, part in parts.items() for key, t in part.tensors.items()}
+        return State(tensors, {name: part.values for name, part in parts.items()})
+
+
+def _moved(value: Any, device: torch.device | str) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, dict):
+        return {name: tensor.to(device) for name, tensor in value.items()}
+    return value  # the schedule stays on the CPU; its levels move when they meet latents
+
+
+def _joined(parts: Sequence[Cond]) -> Cond:
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _stacked(parts: Sequence[RewardScores]) -> RewardScores:
+    names = {name: None for part in parts for name in part.details}  # a dict keeps the order
+    return RewardScores(
+        values=torch.cat([part.values for part in parts]),
+        valid=torch.cat([part.valid for part in parts]),
+        role=parts[0].role,
+        weight=parts[0].weight,
+        details={
+            name: torch.cat([part.details.get(name, torch.full_like(part.values, torch.nan)) for part in parts])
+            for name in names
+        },
+    )

@@ -1,0 +1,177 @@
+"""The learner: trajectories and advantages -> updated weights."""
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlalign.algorithms.base import Algorithm
+from rlalign.mdp.noise import Noise
+from rlalign.policy import Policy
+from rlalign.settings import Settings
+from rlalign.types import State, Trajectory
+from rlalign.workers.sampler import in_micro_batches
+from rlalign.workers.weights import Weights
+
+
+class OptimizerConfig(Settings):
+    """AdamW."""
+
+    lr: float = Field(default=3e-4, gt=0)
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = Field(default=1e-15, gt=0)
+    """Mean-reduced log-probs make gradients tiny: the usual 1e-8 can swallow them (SPEC_KERNELS 13)."""
+    weight_decay: float = Field(default=1e-4, ge=0)
+    """Decoupled weight decay."""
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+
+
+class EmaConfig(Settings):
+    """A running average of the policy, for evaluation and export."""
+
+    decay: float = Field(default=0.9, ge=0, lt=1)
+    """Upper bound of the decay; it warms up as min((1 + n) / (10 + n), decay)."""
+    every: int = Field(default=8, ge=1)
+    """Optimizer steps between two updates of the average."""
+
+
+class Diverged(ArithmeticError):
+    """The gradient is NaN or infinite; the last checkpoint is still good."""
+
+
+class Learner:
+    """Plain class: owns the policy's weights, their optimizer and the copies (old, ema)."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        algorithm: Algorithm,
+        noise: Noise,
+        optimizer: OptimizerConfig,
+        ema: EmaConfig | None,
+        updates_per_step: int = 1,
+    ) -> None:
+        self.policy = policy
+        self.algorithm = algorithm
+        self.noise = noise
+        self.config = optimizer
+        self.ema = ema
+        self.updates_per_step = updates_per_step
+        self.updates = 0
+        self.num_weights = sum(parameter.numel() for parameter in policy.parameters.values())
+        self.optimizer = torch.optim.AdamW(
+            list(policy.parameters.values()),
+            lr=optimizer.lr,
+            betas=optimizer.betas,
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=True,
+        )
+        if algorithm.needs.old:
+            policy.keep("old")
+        if ema:
+            policy.keep("ema")
+
+    def update(self, trajectories: Sequence[Trajectory], advantages: Tensor, version: int) -> dict[str, float]:
+        """One step on a batch: advantages [P, G] in the order of the trajectories' groups. Returns metrics.
+
+        ``version`` is that of the weights being updated; the rows bring their own.
+        """
+        batch = Trajectory.concat(trajectories)
+        num_prompts, samples = advantages.shape
+        metrics = Metrics()
+        metrics.note("staleness", float(version - batch.version.min()))
+        for number in range(self.updates_per_step):
+            groups = torch.arange(num_prompts).tensor_split(self.updates_per_step)[number]
+            rows = (groups[:, None] * samples + torch.arange(samples)).flatten()
+            self._optimizer_step(batch, rows, advantages.flatten(), metrics, first=number == 0)
+        return metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
+
+    def _optimizer_step(
+        self, batch: Trajectory, rows: Tensor, advantages: Tensor, metrics: "Metrics", first: bool
+    ) -> None:
+        for micro, weight in self._micro_batches(batch, rows, advantages):
+            sample = batch.take(micro).to(self.policy.device)
+            for loss in self.algorithm.losses(self.policy, sample, advantages[micro], self.noise):
+                (loss.rows * weight).sum().div(len(rows)).backward()
+                metrics.add(loss.means, loss.maxima if first else {}, weight)
+        norm = self._apply_gradient()
+        metrics.note("grad_norm", norm)
+        metrics.note("grad_rms", norm / self.num_weights**0.5)
+
+    def _micro_batches(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows [micro_batch] with their weights (0 = padding). Rows without signal stand together and go unvisited."""
+        if self.algorithm.needs.silent_zero:
+            silent = advantages[rows] == 0
+            rows = torch.cat([rows[~silent], rows[silent]])
+            size = self.policy.settings.micro_batch
+            rows = rows[: max(size, math.ceil(int((~silent).sum()) / size) * size)]
+        size = self.policy.settings.micro_batch
+        for places, real in in_micro_batches(lambda places: places, len(rows), size):
+            yield rows[places], (torch.arange(size) < real).float().to(self.policy.device)
+
+    def _apply_gradient(self) -> float:
+        parameters = list(self.policy.parameters.values())
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if not math.isfinite(norm):
+            raise Diverged(f"the gradient norm of optimizer step {self.updates} is {norm}; the weights were not changed")
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.updates += 1
+        if self.ema and self.updates % self.ema.every == 0:
+            self.policy.blend("ema", min((1 + self.updates) / (10 + self.updates), self.ema.decay))
+        return norm
+
+    def publish(self, version: int, names: Sequence[str]) -> Weights:
+        """The weights under these names as version ``version``: copies, since the next update must not reach them."""
+        return Weights.pack(
+            version, {name: {key: t.clone() for key, t in self.policy.weights(name).items()} for name in names}
+        )
+
+    def state_dict(self) -> State:
+        """Everything that the next update depends on, as copies on the CPU."""
+        names = ["policy", *(name for name in self.policy.copies if name != "reference")]
+        tensors = {f"{name}/{key}": t for name in names for key, t in self.policy.weights(name).items()}
+        for key, parameter in self.policy.parameters.items():
+            for moment, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{moment}"] = value
+        return State({key: t.detach().cpu().clone() for key, t in tensors.items()}, {"updates": self.updates})
+
+    def load_state_dict(self, state: State) -> None:
+        self.updates = state.values["updates"]
+        for name in ("policy", *(name for name in self.policy.copies if name != "reference")):
+            self.policy.load(name, state.part(name).tensors)
+        moments = state.part("optimizer").tensors
+        for key, parameter in self.policy.parameters.items():
+            mine = {name.rsplit("/", 1)[1]: t for name, t in moments.items() if name.rsplit("/", 1)[0] == key}
+            self.optimizer.state[parameter] = {name: t.to(parameter.device) for name, t in mine.items()}
+
+
+class Metrics:
+    """Sums over rows on their way to means, and maxima."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = defaultdict(float)
+        self.weights: dict[str, float] = defaultdict(float)
+        self.maxima: dict[str, float] = {}
+
+    def add(self, means: dict[str, Tensor], maxima: dict[str, Tensor], weight: Tensor) -> None:
+        """Tensors are [b]; rows of weight 0 do not count."""
+        for name, values in means.items():
+            self.sums[name] += float((values.detach() * weight).sum())
+            self.weights[name] += float(weight.sum())
+        for name, values in maxima.items():
+            self.maxima[name] = max(self.maxima.get(name, -math.inf), float(values.detach()[weight > 0].max()))
+
+    def note(self, name: str, value: float) -> None:
+        self.sums[name] += value
+        self.weights[name] += 1
+
+    def reduced(self) -> dict[str, float]:
+        return {name: total / self.weights[name] for name, total in self.sums.items()} | self.maxima

@@ -1,0 +1,9 @@
+"""One thread, no screen, no hub: set before anything imports torch or a hub library, and inherited by subprocesses."""
+
+import os
+
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
+    os.environ[name] = "1"
+os.environ["OMP_NUM_THREADS"] = "1"  # threads are part of the numbers
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["MPLBACKEND"] = "Agg"

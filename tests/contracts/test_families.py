@@ -1,0 +1,231 @@
+"""What every model family must do; families.py says what there is."""
+
+import ast
+import inspect
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlalign.models.base import Family
+from rlalign.models.lora import LoraConfig, attach, full, reference_weights, save_lora
+from rlalign.plugins import names
+from rlalign.policy import Policy
+from rlalign.settings import Settings
+from rlalign.types import Prompt, Size
+from tests.contracts.families import FAMILIES, Case, Plain, ode, rollout_settings
+from tests.test_architecture import code_lines
+
+PROMPTS = [Prompt("red cat"), Prompt("two", negative="blue")]
+GUIDANCE = (1.0, 4.5)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def case(name: str) -> Case:
+    torch.set_num_threads(1)
+    return FAMILIES[name]
+
+
+@pytest.fixture(scope="module")
+def folder(name: str, case: Case, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return case.write(tmp_path_factory.mktemp(name))
+
+
+@pytest.fixture(scope="module")
+def plain(case: Case, folder: Path) -> Plain:
+    return case.plain(folder)
+
+
+@pytest.fixture
+def family(case: Case, folder: Path) -> Family:
+    return case.load(folder)
+
+
+@pytest.fixture
+def inputs(case: Case, family: Family) -> dict[str, Any]:
+    """Arguments of predict: two rows, one a prompt, at two times."""
+    cond, _ = family.encode(PROMPTS)
+    x = noise(2, *family.latent_shape(case.size)).to(case.dtype)
+    return {"x": x, "time": torch.tensor([900.0, 300.0]), "cond": cond, "size": case.size}
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def with_lora(family: Family, alpha: float = 8.0) -> dict[str, torch.nn.Parameter]:
+    """Adapters on the first net, none of their weights zero."""
+    parameters = attach(
+        family.nets, [next(iter(family.nets))], LoraConfig(rank=2, alpha=alpha), family.lora_targets, seed=1
+    )
+    with torch.no_grad():
+        for number, parameter in enumerate(parameters.values()):
+            parameter += 0.2 * noise(*parameter.shape, seed=number)
+    return parameters
+
+
+def test_every_shipped_family_has_an_entry():
+    assert {case.module for case in FAMILIES.values()} == set(names("model"))
+
+
+def test_file(case: Case):
+    """One screen and a half; a Config of the right kind and a class that is final."""
+    assert code_lines(inspect.getsource(case.source)) < 100
+    assert issubclass(case.source.Config, Settings)
+    assert case.source.Family.__final__
+    assert not [node for node in ast.walk(ast.parse(inspect.getsource(case.source))) if isinstance(node, ast.Global)]
+
+
+def test_everything_is_frozen(family: Family):
+    assert not any(parameter.requires_grad for net in family.nets.values() for parameter in net.parameters())
+    assert not any(net.training for net in family.nets.values())
+
+
+def test_encode(case: Case, family: Family):
+    cond, uncond = family.encode(PROMPTS)
+    assert uncond is not None and cond.keys() == uncond.keys()
+    for name, tensor in cond.items():
+        assert tensor.shape == uncond[name].shape and len(tensor) == 2
+        assert tensor.dtype == case.dtype and not tensor.requires_grad
+        assert not torch.equal(tensor[0], tensor[1])
+    for row, prompt in enumerate(PROMPTS):  # a prompt's numbers are its own
+        alone, _ = family.encode([prompt])
+        for name, tensor in cond.items():
+            torch.testing.assert_close(alone[name][0], tensor[row])
+
+
+def test_predict(case: Case, family: Family, inputs: dict[str, Any]):
+    output = family.predict(**inputs)
+    assert output.shape == inputs["x"].shape and output.dtype == case.dtype
+    assert output.isfinite().all()
+    other = {**inputs, "time": inputs["time"] / 2}
+    assert not torch.allclose(output, family.predict(**other))
+    swapped = {**inputs, "cond": {name: tensor.flip(0) for name, tensor in inputs["cond"].items()}}
+    assert not torch.allclose(output, family.predict(**swapped))
+
+
+def test_rows_are_independent(family: Family, inputs: dict[str, Any]):
+    flipped = {k: v.flip(0) if isinstance(v, Tensor) else v for k, v in inputs.items()}
+    flipped["cond"] = {name: tensor.flip(0) for name, tensor in inputs["cond"].items()}
+    torch.testing.assert_close(family.predict(**flipped).flip(0), family.predict(**inputs))
+
+
+def test_guide(family: Family):
+    positive, negative = noise(2, 3), noise(2, 3, seed=1)
+    torch.testing.assert_close(family.guide(positive, negative, 1.0), positive)
+    torch.testing.assert_close(family.guide(positive, negative, 0.0), negative)
+
+
+def test_decode(case: Case, family: Family):
+    pixels = family.decode(noise(2, *family.latent_shape(case.size)).to(case.dtype), case.size)
+    assert pixels.shape == (2, 3, *case.size[:2])
+    assert pixels.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1
+    assert pixels[0].std() > 0
+
+
+def test_decode_has_a_gradient(case: Case, family: Family):
+    latents = noise(1, *family.latent_shape(case.size)).to(case.dtype).requires_grad_()
+    family.decode(latents, case.size).sum().backward()
+    assert latents.grad is not None and latents.grad.abs().sum() > 0
+
+
+def test_sizes_that_cannot_be_made_are_refused(family: Family):
+    with pytest.raises(ValueError, match=r"size \[17, 16, 1\]"):
+        family.latent_shape(Size(17, 16))
+    with pytest.raises(ValueError, match=r"size \[16, 16, 3\]"):
+        family.latent_shape(Size(16, 16, 3))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 10])
+def test_schedule_is_the_library_s_table(case: Case, family: Family, plain: Plain, steps: int):
+    schedule = family.schedule(steps, case.size)
+    sigmas, times = plain.table(steps)
+    torch.testing.assert_close(schedule.sigma, sigmas, rtol=0, atol=0, check_dtype=False)
+    torch.testing.assert_close(schedule.time[:-1], times, rtol=0, atol=0, check_dtype=False)
+    torch.testing.assert_close(schedule.alpha, 1 - sigmas, check_dtype=False)
+    assert schedule.num_steps == steps and schedule.sigma[-1] == 0
+
+
+def test_gradient_reaches_the_adapters_alone(family: Family, inputs: dict[str, Any]):
+    parameters = with_lora(family)
+    family.predict(**inputs).square().mean().backward()
+    gradients = [p.grad for p in parameters.values() if p.grad is not None]
+    assert len(gradients) == len(parameters)
+    reached = sum(bool(gradient.any()) for gradient in gradients)
+    assert reached >= 0.9 * len(parameters)  # SD3's last block throws its text away, and so the query of its text
+    trained = {id(p) for p in parameters.values()}
+    rest = [p for net in family.nets.values() for p in net.parameters() if id(p) not in trained]
+    assert rest and all(p.grad is None and not p.requires_grad for p in rest)
+
+
+def test_adapters_start_at_the_model_itself(family: Family, inputs: dict[str, Any]):
+    before = family.predict(**inputs)
+    parameters = attach(family.nets, list(family.nets), LoraConfig(rank=2), family.lora_targets, seed=1)
+    assert all(p.dtype == torch.promote_types(before.dtype, torch.float32) for p in parameters.values())
+    torch.testing.assert_close(family.predict(**inputs), before, rtol=0, atol=0)
+
+
+def test_reference_is_the_model_itself(family: Family, inputs: dict[str, Any]):
+    before = family.predict(**inputs)
+    with_lora(family)
+    adapted = family.predict(**inputs)
+    assert not torch.allclose(adapted, before)
+    with reference_weights(family.nets):
+        torch.testing.assert_close(family.predict(**inputs), before, rtol=0, atol=0)
+    torch.testing.assert_close(family.predict(**inputs), adapted, rtol=0, atol=0)
+
+
+def test_full_fine_tuning(family: Family, inputs: dict[str, Any]):
+    parameters = full(family.nets, list(family.nets))
+    family.predict(**inputs).square().mean().backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
+    assert {id(p) for p in parameters.values()} == {id(p) for n in family.nets.values() for p in n.parameters()}
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_rollout_equals_the_library_s_picture(case: Case, folder: Path, family: Family, plain: Plain, guidance: float):
+    policy = tuned(case, family)
+    latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
+    settings = rollout_settings(case, guidance_scale=guidance)
+    with policy.using("reference"):
+        mine = ode(policy, PROMPTS, latents, settings)
+    expected = plain.draw(PROMPTS, latents, settings.num_steps, guidance)
+    assert expected.std() > 0.01
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+
+
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_exported_adapters_draw_the_same_picture(case: Case, folder: Path, tmp_path: Path, guidance: float):
+    family = case.load(folder)
+    policy = tuned(case, family)
+    latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
+    mine = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=guidance))
+    save_lora(family.nets, tmp_path, policy.weights("policy"))
+    library, base = case.plain(folder), case.plain(folder)
+    library.load_lora(tmp_path)
+    expected = library.draw(PROMPTS, latents, 4, guidance)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+    assert not torch.allclose(mine, base.draw(PROMPTS, latents, 4, guidance), atol=1e-3)
+
+
+def test_exported_pipeline_draws_the_same_picture(case: Case, folder: Path, tmp_path: Path):
+    family = case.load(folder)
+    policy = tuned(case, family)
+    latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
+    mine = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=4.5))
+    family.save_pipeline(tmp_path / "out")
+    expected = case.plain(tmp_path / "out").draw(PROMPTS, latents, 4, 4.5)
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
+    after = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=4.5))
+    torch.testing.assert_close(after, mine, rtol=0, atol=0)  # writing changed nothing
+
+
+def tuned(case: Case, family: Family) -> Policy:
+    return Policy(family, rollout_settings(case), with_lora(family), lora=True)

@@ -1,0 +1,117 @@
+"""The pages say what the code does: their tables are the code's, their examples run."""
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+
+from docs.generate import filled
+from rlalign.mdp.noise import Noise
+from rlalign.models.lora import LoraConfig, attach
+from rlalign.plugins import load
+from rlalign.policy import Policy, RolloutConfig
+from rlalign.scoring import RewardConfig, load_reward
+from rlalign.types import Prompt, RewardScores, Scores, Size, Unit
+from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.sampler import Sampler
+from tests.tiny import sd3_folder, sd3_policy
+
+ROOT = Path(__file__).parents[1]
+
+Example = Callable[[str], Path]
+
+
+@pytest.fixture
+def example(tmp_path: Path) -> Example:
+    """CONTRIBUTING's example of that name, as a file."""
+
+    def written(name: str) -> Path:
+        found = re.search(
+            rf"```python\n# {re.escape(name)}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+        )
+        assert found, f"CONTRIBUTING.md shows no {name}"
+        path = tmp_path / Path(name).name
+        path.write_text(found[1])
+        return path
+
+    return written
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
+def test_tables_are_those_of_the_code(page: Path):
+    assert page.read_text() == filled(page.read_text()), "run: python docs/generate.py"
+
+
+def test_the_example_of_a_reward(example: Example):
+    path = example("rewards/redness.py")
+    reward = load_reward(RewardConfig(use=f"{path.name}:redness"), path.parent)
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    images[0, 0] = 255
+    images[1] = 100
+    assert torch.as_tensor(reward.function(images, [Prompt("a"), Prompt("b")])).tolist() == pytest.approx([1, 1 / 3])
+
+
+def test_the_example_of_an_algorithm(example: Example, tmp_path: Path):
+    """One step of the real sampler and learner: the probability of the better samples rises."""
+    module = load("algorithm", str(example("rlalign/algorithms/rloo.py")))
+    algorithm = module.Algorithm(module.Config())
+    policy = sd3_policy(sd3_folder(tmp_path / "sd3"), num_steps=3, micro_batch=4)
+    unit = Unit(step=0, groups=(0,), prompts=(Prompt("one red cat"),), samples=4)
+    trajectory, _ = Sampler(policy, Noise(0), "policy", keep_steps=True, shares=True).sample(unit)
+    values = torch.tensor([[1.0, 0.0, 0.0, 1.0]])
+    scores = Scores({"r": RewardScores(values, torch.ones_like(values, dtype=torch.bool), "train", 1.0)})
+    advantages = algorithm.advantages(scores)
+    torch.testing.assert_close(advantages, torch.tensor([[2 / 3, -2 / 3, -2 / 3, 2 / 3]]))
+    learner = Learner(policy, algorithm, Noise(0), OptimizerConfig(lr=1e-3), ema=None)
+
+    def objective() -> float:
+        with torch.no_grad():
+            losses = algorithm.losses(policy, trajectory.take(torch.arange(4)), advantages.flatten(), Noise(0))
+            return sum(float(loss.rows.sum()) for loss in losses)
+
+    before = objective()
+    learner.update([trajectory], advantages)
+    assert objective() < before
+
+
+def test_the_example_of_a_family(example: Example, tmp_path: Path):
+    """A deterministic rollout under it is what diffusers makes of the same noise by DDIM; LoRA finds layers."""
+    module = load("model", str(example("rlalign/models/ddpm.py")))
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(prediction_type="epsilon")).save_pretrained(tmp_path / "ddpm")
+    family = module.Family.load(module.Config(), str(tmp_path / "ddpm"), torch.float32, "cpu")
+    with pytest.raises(ValueError, match="8 x 8"):
+        family.latent_shape(Size(16, 16))
+    settings = RolloutConfig(size=(8, 8), num_steps=4, kernel="ddim", micro_batch=2, samples_per_prompt=2)
+    policy = Policy(
+        family, settings, attach(family.nets, ["unet"], LoraConfig(rank=2), family.lora_targets, 0), lora=True
+    )
+    sampler = Sampler(policy, Noise(0), "policy", keep_steps=True, shares=True)
+    unit = Unit(step=0, groups=(0,), prompts=(Prompt(""),), samples=2)
+    trajectory, images = sampler.sample(unit)
+    assert images.shape == (2, 3, 8, 8)
+    assert torch.isfinite(trajectory.log_probs).all()
+    final = sampler.sample(unit, settings)[0].final
+    torch.testing.assert_close(
+        final, by_ddim(unet, sampler.initial_noise(unit, settings), steps=4), atol=1e-5, rtol=1e-5
+    )
+
+
+@torch.no_grad()
+def by_ddim(unet: UNet2DModel, x: torch.Tensor, steps: int) -> torch.Tensor:
+    scheduler = DDIMScheduler(clip_sample=False)
+    scheduler.set_timesteps(steps)
+    for time in scheduler.timesteps:
+        x = scheduler.step(unet(x, time).sample, time, x).prev_sample
+    return x
