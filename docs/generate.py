@@ -15,15 +15,24 @@ from pydantic_core import PydanticUndefined
 
 from rlalign.algorithms import ddpo, grpo, nft
 from rlalign.checkpoint import CheckpointConfig
+from rlalign.config import DEFAULT_ALGORITHM, ModelConfig, PromptsConfig, RunConfig, RuntimeConfig
 from rlalign.evaluation.heldout import EvaluationConfig
+from rlalign.models import sd3
+from rlalign.models.lora import LoraConfig
 from rlalign.policy import RolloutConfig, Window
 from rlalign.reporting.glossary import METRICS
+from rlalign.reporting.sinks import ReportingConfig
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
 from rlalign.workers.learner import EmaConfig, OptimizerConfig
 
 DOCS = Path(__file__).parent
 BLOCKS: dict[str, type[BaseModel]] = {
+    "run": RunConfig,
+    "model": ModelConfig,
+    "lora": LoraConfig,
+    "sd3": sd3.Config,
+    "prompts": PromptsConfig,
     "rollout": RolloutConfig,
     "window": Window,
     "rewards": RewardConfig,
@@ -36,6 +45,8 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "ema": EmaConfig,
     "evaluation": EvaluationConfig,
     "checkpoint": CheckpointConfig,
+    "runtime": RuntimeConfig,
+    "reporting": ReportingConfig,
 }
 MARKED = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -61,7 +72,7 @@ def keys(block: type[BaseModel]) -> Iterator[str]:
     yield "|---|---|---|---|"
     for name, field in block.model_fields.items():
         default = field.get_default(call_default_factory=True, validated_data={})
-        shown = "required" if default is PydanticUndefined else _code(_yaml(default))
+        shown = _code(DEFAULT_ALGORITHM) if field.annotation is Any else _default(default)
         yield f"| `{name}` | {_values(field.annotation)} | {shown} | {_cell(field.description or '')} |"
 
 
@@ -76,16 +87,22 @@ def _values(annotation: Any) -> str:
         return "mapping"
     if get_origin(annotation) is list:
         return f"list of {_values(get_args(annotation)[0])}"
+    if annotation is Path:
+        return "path"
     words = {int: "integer", float: "number", bool: "true or false", str: "text", type(None): "null"}
+    if annotation is Any:
+        return "block"
     return words.get(annotation, "block") if isinstance(annotation, type) else _values(get_args(annotation)[0])
 
 
+def _default(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        return "its own"
+    return "required" if value is PydanticUndefined else _code(_yaml(value))
+
+
 def _yaml(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value, default=_plain)
-
-
-def _plain(value: Any) -> Any:
-    return value.model_dump()
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _code(text: str) -> str:

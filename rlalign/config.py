@@ -193,7 +193,7 @@ def _validated(tree: Tree, algorithm: ModuleType, source: "Source") -> RunConfig
 
 def config_class(family: ModuleType, algorithm: ModuleType) -> type[RunConfig]:
     """RunConfig with the blocks of this family and this algorithm in it."""
-    model = create_model("ModelConfig", __base__=(ModelConfig, family.Config), __doc__=ModelConfig.__doc__)
+    model = create_model("ModelConfig", __base__=(family.Config, ModelConfig), __doc__=ModelConfig.__doc__)
     chosen = create_model("AlgorithmConfig", __base__=algorithm.Config, name=(str, ...))  # a file.py's name is its path
     fields: dict[str, Any] = {"model": (model, ...), "algorithm": (chosen, ...)}
     return create_model("RunConfig", __base__=RunConfig, __doc__=RunConfig.__doc__, **fields)

@@ -13,6 +13,7 @@ from rlalign.policy import RolloutConfig, Variant
 from rlalign.prompts import PromptSet
 from rlalign.reporting.recorder import Recorder
 from rlalign.runtime.pool import Pool
+from rlalign.scoring import require_valid_group
 from rlalign.settings import Settings
 from rlalign.types import State
 
@@ -55,6 +56,7 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
         judge(parts, cfg, recorder, step)
         batch = pipeline.take()
         scores = gather(parts.scorers, batch)
+        require_valid_group(scores, step)
         advantages = parts.algorithm.advantages(scores)
         (metrics,) = parts.learners.get(parts.learners.scatter("update", [(batch.trajectories, advantages, step)]))
         publish(parts, cfg, version=step + 1)

@@ -9,17 +9,20 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from rlalign.ema import blend_
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.rollout import Chain, rollout
+from rlalign.mdp.schedule import flow_schedule, plain_sigmas
 from rlalign.mdp.solvers import SOLVERS
-from rlalign.mdp.transition import KERNELS, Gaussian
+from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import Family
 from rlalign.models.lora import reference_weights
 from rlalign.settings import Settings
 from rlalign.types import Cond, Level, Schedule, Size, Trajectory
 
 Variant = Literal["policy", "old", "ema", "reference"]
+FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")  # Euler-Maruyama on x = (1 - sigma) x0 + sigma eps
 
 
 class Window(Settings):
@@ -122,11 +125,9 @@ class Policy:
         """Starts a copy of the present weights under ``name``."""
         self.copies[name] = {key: parameter.detach().clone() for key, parameter in self.parameters.items()}
 
-    @torch.no_grad()
     def blend(self, name: str, decay: float) -> None:
         """copy <- decay * copy + (1 - decay) * policy."""
-        for key, copy in self.copies[name].items():
-            copy.lerp_(self.parameters[key].detach().to(copy.dtype), 1 - decay)
+        blend_(self.copies[name], self.parameters, decay)
 
     @contextmanager
     def using(self, name: Variant) -> Iterator[None]:
@@ -190,11 +191,15 @@ class Policy:
     # --- rollout and replay: the same functions on the same numbers
 
     def schedule(self, settings: RolloutConfig) -> Schedule:
-        if settings.shift is not None:
-            from rlalign.mdp.schedule import flow_schedule, plain_sigmas
-
-            return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
-        return self.family.schedule(settings.num_steps, self.size)
+        """The chain's points; ValueError where the kernel's formula does not hold on the model's path."""
+        own = self.family.schedule(settings.num_steps, self.size)
+        flow = torch.allclose(own.alpha + own.sigma, torch.ones_like(own.sigma), atol=1e-4)
+        if not flow and (settings.kernel in FLOW_KERNELS or settings.shift is not None):
+            raise ValueError(
+                f"kernel {settings.kernel} and shift are for flow-matching models, and this one is not: "
+                "set rollout.kernel to ddim and rollout.shift to null"
+            )
+        return own if settings.shift is None else flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
 
     def kernel(self, x: Tensor, prediction: Prediction, now: Level, nxt: Level) -> Gaussian:
         return KERNELS[self.settings.kernel](x, prediction, now, nxt, self.settings.noise_level)
@@ -202,7 +207,7 @@ class Policy:
     def log_prob(self, gaussian: Gaussian, x_next: Tensor) -> Tensor:
         """[b] of x_next [b, *L], in the reduction that the run uses."""
         if self.settings.cps_logprob == "unscaled":
-            return -(x_next - gaussian.mean).square().flatten(1).mean(1)
+            return unscaled_log_prob(gaussian, x_next)
         return gaussian.log_prob(x_next, self.settings.logprob_reduction)
 
     def roll_out(
@@ -229,7 +234,7 @@ class Policy:
 
     def replay(self, sample: Trajectory, slot: int) -> Step:
         """Kept step ``slot`` again under the weights in use; sample is a micro-batch with P = B = b."""
-        x, at = sample.x[:, slot], sample.steps[:, slot].cpu()
+        x, at = sample.x[:, slot].contiguous(), sample.steps[:, slot].cpu()
         now, nxt = sample.schedule.level(at, x), sample.schedule.level(at + 1, x)
         time = sample.schedule.time[at].to(x.device)
         prediction = self.predict(x, time, now, sample.cond, sample.uncond, self.settings.guidance_scale)

@@ -26,10 +26,10 @@ class PromptSet:
             prompts = readers[path.suffix](path)
         except UnicodeDecodeError as error:
             raise ValueError(f"prompts file {path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
-        unique = {prompt_key(prompt): prompt for prompt in reversed(prompts)}  # the first of equals wins
+        unique = {prompt_key(prompt): prompt for prompt in prompts}  # a dict keeps the place of the first of equals
         if not unique:
             raise ValueError(f"prompts file {path} holds no prompts; write one a line")
-        return PromptSet(tuple(reversed(unique.values())))
+        return PromptSet(tuple(unique.values()))
 
     def at(self, seed: int, step: int, count: int) -> tuple[Prompt, ...]:
         """The prompts of a step: windows of ``count`` over a fresh permutation an epoch, joined end to end."""

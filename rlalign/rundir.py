@@ -234,10 +234,9 @@ def _where_to_go_on(files: RunDir, old: RunInfo | None, steps: int, config_hash:
 
 
 def _started(old: RunInfo | None, hashed: Mapping[str, Any], steps: int, command: Sequence[str], step: int) -> RunInfo:
-    now, versions, words = _now(), machine.versions(), shlex.join(command)
-    for name, before in old.versions.items() if old is not None else ():
-        if versions.get(name) != before:
-            logger.warning("this run had %s %s, now %s: its numbers may differ", name, before, versions.get(name))
+    now, versions, hardware, words = _now(), machine.versions(), machine.hardware(), shlex.join(command)
+    if old is not None:
+        _warn_of_changes(old.versions | old.hardware, versions | hardware)
     start = {"time": now, "step": step, "pid": os.getpid(), "command": words}
     return RunInfo(
         status="running",
@@ -249,10 +248,16 @@ def _started(old: RunInfo | None, hashed: Mapping[str, Any], steps: int, command
         updated=now,
         command=words,
         versions=versions,
-        hardware=machine.hardware(),
+        hardware=hardware,
         git=machine.git_commit(),
         starts=[*(old.starts if old is not None else []), start],
     )
+
+
+def _warn_of_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    for name in ("rlalign", *machine.PACKAGES, "cpu", "gpus"):
+        if before.get(name) != now.get(name):
+            logger.warning("this run had %s %s, now %s: its numbers may differ", name, before.get(name), now.get(name))
 
 
 def _write_start(run: Run, config: Mapping[str, Any]) -> None:

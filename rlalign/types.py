@@ -64,7 +64,7 @@ class Schedule:
         index = torch.as_tensor(point, device=self.sigma.device)
         shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
         alpha, sigma = self.alpha[index].reshape(shape), self.sigma[index].reshape(shape)
-        return Level(alpha.to(like.device), sigma.to(like.device), self.sigma[1].to(like.device))
+        return Level(alpha.to(like), sigma.to(like), self.sigma[1].to(like))
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
 
 from docs.generate import filled
+from rlalign.cli import app
+from rlalign.config import find, recipes, resolve
 from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig, attach
 from rlalign.plugins import load
 from rlalign.policy import Policy, RolloutConfig
+from rlalign.runfile import Loader
 from rlalign.scoring import RewardConfig, load_reward
 from rlalign.types import Prompt, RewardScores, Scores, Size, Unit
 from rlalign.workers.learner import Learner, OptimizerConfig
@@ -20,6 +24,8 @@ from rlalign.workers.sampler import Sampler
 from tests.tiny import sd3_folder, sd3_policy
 
 ROOT = Path(__file__).parents[1]
+
+CODE = re.compile(r"```bash\n(.*?)```|`([^`\n]+)`", re.DOTALL)
 
 Example = Callable[[str], Path]
 
@@ -43,6 +49,34 @@ def example(tmp_path: Path) -> Example:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_tables_are_those_of_the_code(page: Path):
     assert page.read_text() == filled(page.read_text()), "run: python docs/generate.py"
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/run_file.md"])
+def test_the_run_file_on_a_page_is_one(page: str):
+    (shown,) = re.findall(r"```yaml\n(model:.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    config = resolve(yaml.load(shown, Loader), ROOT, page)
+    assert config.model.family == "sd3"
+
+
+def test_the_changes_of_a_run_file_fit_the_quickstart():
+    page, recipe = ROOT / "docs" / "your_model_reward_cluster.md", find("quickstart")
+    (diff,) = re.findall(r"```diff\n(.*?)```", page.read_text(), re.DOTALL)
+    lines = diff.splitlines()
+    assert not {line[1:] for line in lines if line[0] in " -"} - set(recipe.read_text().splitlines())
+    changed = [line for line in lines if line[0] in "+ "]
+    config = resolve(yaml.load("\n".join(line[1:] for line in changed), Loader), recipe.parent, page.name)
+    assert config.rollout.size == (512, 512)
+
+
+def test_commands_on_the_pages_are_commands():
+    """`rlalign train NAME` names a recipe, or a run file of the reader's own."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    code = "\n".join("".join(found) for page in pages for found in re.findall(CODE, page.read_text()))
+    shown = set(re.findall(r"^rlalign ([a-z]+) ([\w./]+)", code, re.MULTILINE))
+    commands = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    groups = {group.name for group in app.registered_groups}
+    assert {verb for verb, _ in shown} <= commands | groups
+    assert {name for verb, name in shown if verb == "train" and "." not in name} <= set(recipes())
 
 
 def test_the_example_of_a_reward(example: Example):
@@ -73,7 +107,7 @@ def test_the_example_of_an_algorithm(example: Example, tmp_path: Path):
             return sum(float(loss.rows.sum()) for loss in losses)
 
     before = objective()
-    learner.update([trajectory], advantages)
+    learner.update([trajectory], advantages, version=0)
     assert objective() < before
 
 

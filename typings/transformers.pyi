@@ -1,4 +1,5 @@
-"""transformers types a tokenizer's special ids as `int | list[int] | str | list[str]`, which none of its own configs takes."""
+"""transformers types a tokenizer's special ids as `int | list[int] | str | list[str]`, which none of its own configs
+takes, so rlalign looks at it as untyped."""
 
 from typing import Any
 

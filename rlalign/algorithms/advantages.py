@@ -88,7 +88,7 @@ def flat(rewards: Tensor, valid: Tensor) -> Tensor:
 def lowest(rewards: Tensor, valid: Tensor, share: float) -> Tensor:
     """[P, G] bool: the floor(share * n) lowest of the n valid rewards of a group."""
     rank = torch.where(valid, rewards, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
-    return rank < (share * valid.sum(1, keepdim=True)).floor()
+    return rank < (share * valid.sum(1, keepdim=True).double()).floor()
 
 
 def center(rewards: Tensor, valid: Tensor, trim: float = 0.0) -> Tensor:

@@ -168,7 +168,7 @@ def _fixed_velocity(policy: Policy, name: Variant, sample: Trajectory, x_t: Tens
         return policy.predict_noised(sample, x_t, t).velocity
 
 
-OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}}
+OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}
 """Second-order ODE rollouts; nothing is stochastic, so kernel and noise_level do not matter."""
 
 

@@ -92,8 +92,8 @@ def moving_window(
     roll_back and else stays on the last step. Steps beyond the end are cut off.
     """
     start = 0
-    while iteration >= hold(start):
-        iteration -= hold(start)
+    while iteration >= (stay := max(1, hold(start))):
+        iteration -= stay
         start += stride
         if start >= num_steps:
             start = 0 if roll_back else num_steps - 1

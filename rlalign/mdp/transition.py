@@ -48,7 +48,7 @@ class Gaussian:
 
 
 def unscaled_log_prob(gaussian: Gaussian, x: Tensor) -> Tensor:
-    """-(x - mean)^2, mean over elements: what flow_grpo and verl-omni use as log-probability of cps. Not a density. [B]"""
+    """-(x - mean)^2, mean over elements [B]: flow_grpo's and verl-omni's log-probability of cps. No density."""
     return _reduced(-(x.detach() - gaussian.mean).square(), "mean")
 
 

@@ -93,7 +93,7 @@ class Family:
     """The model around a Velocity. Needs no file; ``path`` may be a folder that ``save_pipeline`` wrote."""
 
     prediction: PredictionType = "velocity"
-    lora_targets = ("residual",)
+    lora_targets: tuple[str, ...] = ("residual",)
     guide = staticmethod(classifier_free_guidance)
 
     def __init__(self, config: Config, net: Velocity) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -105,10 +105,10 @@ def save_lora(nets: Mapping[str, nn.Module], folder: Path, tensors: Mapping[str,
     Rank and alpha go along as diffusers' own metadata: without them a reader takes alpha = rank.
     """
     state = {name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata: dict[str, int | float | list[str]] = {}
+    metadata: dict[str, Any] = {}
     for name, net in nets.items():
         if hasattr(net, "peft_config"):
-            config = net.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+            config: Any = net.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
             own = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
             metadata |= {f"{name}.{key}": value for key, value in own.items()}
     folder.mkdir(parents=True, exist_ok=True)

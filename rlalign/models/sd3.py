@@ -30,7 +30,7 @@ class Family:
     """One pipeline folder or Hub id. Everything is frozen and in evaluation mode until a policy says what trains."""
 
     prediction: PredictionType = "velocity"
-    lora_targets = (  # as flow_grpo
+    lora_targets: tuple[str, ...] = (  # as flow_grpo
         *("attn.to_q", "attn.to_k", "attn.to_v", "attn.to_out.0"),
         *("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj", "attn.to_add_out"),
     )

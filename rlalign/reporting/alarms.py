@@ -14,9 +14,10 @@ logger = logging.getLogger(__name__)
 class AlarmLog:
     """Appends alarms; a resumed run forgets those of the steps that it repeats."""
 
-    def __init__(self, path: Path, start: int = 0) -> None:
+    def __init__(self, path: Path, start: int = 0, steps: int | None = None) -> None:
+        """Goes on at step ``start`` of ``steps``: where nothing is left to do, nothing is repeated or forgotten."""
         self.path = path
-        kept = [alarm for alarm in read_alarms(path) if alarm["step"] < start]
+        kept = [alarm for alarm in read_alarms(path) if alarm["step"] < start or start == steps]
         write_atomically(path, "".join(json.dumps(alarm) + "\n" for alarm in kept).encode())
 
     def write(self, step: int, name: str, message: str) -> None:

@@ -38,11 +38,16 @@ def before_after(folder: Path) -> Path | None:
 
 def side_by_side(left: Path, right: Path, path: Path) -> None:
     """Two grids, each under its label."""
-    halves = [_stacked([_text(label(file), 400), Image.open(file)]) for file in (left, right)]
+    halves = [_labelled(file) for file in (left, right)]
     sheet = Image.new("RGB", (sum(half.width for half in halves), max(half.height for half in halves)), PAPER)
     sheet.paste(halves[0], (0, 0))
     sheet.paste(halves[1], (halves[0].width, 0))
     _save(sheet, path)
+
+
+def _labelled(file: Path) -> Image.Image:
+    with Image.open(file) as grid:
+        return _stacked([_text(label(file), grid.width), grid])
 
 
 def saved(folder: Path) -> list[Path]:

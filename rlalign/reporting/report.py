@@ -82,7 +82,8 @@ def _picture(path: Path) -> str:
         data, kind = path.read_bytes(), "png"
         if len(data) > LARGE:
             buffer, kind = io.BytesIO(), "jpeg"
-            Image.open(path).convert("RGB").save(buffer, "jpeg", quality=85)
+            with Image.open(path) as image:
+                image.convert("RGB").save(buffer, "jpeg", quality=85)
             data = buffer.getvalue()
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 

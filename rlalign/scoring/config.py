@@ -20,30 +20,30 @@ class RewardConfig(Settings):
     use: str
     """A short name of the catalogue, `module:function`, `path/to/file.py:function` (from the run file's folder) or a
     URL."""
-    name: str = Field("", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")
     """What curves and messages call it; the last part of `use` unless given."""
     weight: float = 1.0
     """Its factor in the weighted sum; negative for something to avoid."""
     role: Role = "train"
     """train: part of the total; monitor: a curve only; heldout: a curve that nothing may be tuned on."""
-    timeout_s: float = Field(60.0, gt=0)
+    timeout_s: float = Field(default=60.0, gt=0)
     """A call that takes longer is given up."""
-    retries: int = Field(2, ge=0)
+    retries: int = Field(default=2, ge=0)
     """How often a failed call is tried again."""
-    backoff_s: float = Field(0.5, ge=0)
+    backoff_s: float = Field(default=0.5, ge=0)
     """The pause before the first retry; it doubles with every further one, up to a minute."""
     on_failure: OnFailure = "fail"
     """fail ends the run; drop_sample leaves the pictures without a number out of the update, drop_group their whole
     groups too."""
-    min_group_size: int = Field(2, ge=1)
+    min_group_size: int = Field(default=2, ge=1)
     """A group with fewer valid samples than this is dropped: an advantage needs others to compare with. Of a group
     that is smaller from the start, all samples must be valid. Applies to train rewards together."""
-    breaker_after: int = Field(3, ge=1)
+    breaker_after: int = Field(default=3, ge=1)
     """After this many failed calls in a row it is not called again for the rest of the batch, and once, without
     retries, for each later batch until a call succeeds."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function or of the class's constructor."""
-    batch_size: int | None = Field(None, ge=1)
+    batch_size: int | None = Field(default=None, ge=1)
     """Pictures in a call; the last call is filled up with copies of its last picture, so that a network's numbers do
     not depend on how the work was split. Unless given, all pictures that the scorer holds go in one call."""
 
@@ -74,7 +74,7 @@ def default_name(use: str) -> str:
     if is_url(use):
         url = urlsplit(use)
         label = url.path.rstrip("/").rpartition("/")[2] or url.netloc.rpartition("@")[2]
-    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).lstrip(".-")
+    return re.sub(r"[^A-Za-z0-9_.-]+", "_", label).lstrip(".-") or "reward"
 
 
 def check_rewards(rewards: Sequence[RewardConfig]) -> None:

@@ -22,8 +22,8 @@ In the run file it is named by `use`: a short name (`ocr`), `module:function` or
 `@differentiable` marks one that is written in differentiable torch: it gets float pictures in [0, 1].
 
 A call runs in a thread of its own, without gradients. Python cannot kill a thread: a call that hangs is given up at its
-timeout and its thread is left behind by name. Only a process of its own, as the Ray runtime gives every scorer, gets
-rid of it; a reward that calls out should pass a timeout of its own to whatever it calls.
+timeout and its thread is left behind by name, so a retry may run beside it. Only a process of its own, as the Ray
+runtime gives every scorer, gets rid of it; a reward that calls out should pass a timeout of its own to what it calls.
 """
 
 from collections.abc import Callable, Sequence

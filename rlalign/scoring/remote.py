@@ -40,7 +40,7 @@ class RemoteOptions(Settings):
 
     token_env: str | None = None
     """The environment variable that holds the bearer token."""
-    max_response_mb: float = Field(4.0, gt=0)
+    max_response_mb: float = Field(default=4.0, gt=0)
     """A longer answer is refused."""
 
 

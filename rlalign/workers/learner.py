@@ -9,6 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.ema import power
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.settings import Settings
@@ -36,7 +37,7 @@ class EmaConfig(Settings):
     """A running average of the policy, for evaluation and export."""
 
     decay: float = Field(default=0.9, ge=0, lt=1)
-    """Upper bound of the decay; it warms up as min((1 + n) / (10 + n), decay)."""
+    """Upper bound of the decay; it warms up as min((1 + n) / (10 + n), decay), n updates before this one."""
     every: int = Field(default=8, ge=1)
     """Optimizer steps between two updates of the average."""
 
@@ -98,7 +99,7 @@ class Learner:
     ) -> None:
         for micro, weight in self._micro_batches(batch, rows, advantages):
             sample = batch.take(micro).to(self.policy.device)
-            for loss in self.algorithm.losses(self.policy, sample, advantages[micro], self.noise):
+            for loss in self.algorithm.losses(self.policy, sample, advantages[micro].to(self.policy.device), self.noise):
                 (loss.rows * weight).sum().div(len(rows)).backward()
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
         norm = self._apply_gradient()
@@ -125,7 +126,7 @@ class Learner:
         self.optimizer.zero_grad()
         self.updates += 1
         if self.ema and self.updates % self.ema.every == 0:
-            self.policy.blend("ema", min((1 + self.updates) / (10 + self.updates), self.ema.decay))
+            self.policy.blend("ema", power(self.updates - 1, self.ema.decay))
         return norm
 
     def publish(self, version: int, names: Sequence[str]) -> Weights:

@@ -32,15 +32,21 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self, unit: Unit, settings: RolloutConfig | None = None, weights: Variant | None = None
+        self,
+        unit: Unit,
+        settings: RolloutConfig | None = None,
+        weights: Variant | None = None,
+        initial: Tensor | None = None,
     ) -> tuple[Trajectory, Tensor]:
         """The unit's trajectories and its pictures [B, (F,) 3, H, W] uint8.
 
         With ``settings`` of its own (evaluation, pictures) every step is deterministic and nothing is kept.
+        ``initial`` [B, *L] replaces the addressed noise, to compare with other programs.
         """
         plan, keep = settings or self.policy.settings, self.keep_steps and settings is None
         with self.policy.using(weights or self.sample_with):
-            trajectory = self._trajectory(unit, plan, keep)
+            latents = self.initial_noise(unit, plan) if initial is None else initial
+            trajectory = self._trajectory(unit, plan, keep, latents)
             return trajectory, self._pictures(trajectory.final)
 
     def receive(self, weights: Weights) -> dict[str, int]:
@@ -59,7 +65,7 @@ class Sampler:
             address = address * torch.tensor([1, 1, 0])
         return self.noise.normal(f"{unit.purpose}/initial", address, 0, self.policy.latent_shape)
 
-    def _trajectory(self, unit: Unit, plan: RolloutConfig, keep: bool) -> Trajectory:
+    def _trajectory(self, unit: Unit, plan: RolloutConfig, keep: bool, initial: Tensor) -> Trajectory:
         policy, address = self.policy, addresses(unit)
         cond, uncond = self._encode(unit.prompts)
         if plan.guidance_scale == 1:
@@ -67,7 +73,6 @@ class Sampler:
         schedule = policy.schedule(plan)
         drawn = [draw_steps(plan, keep, self.noise, unit.step, group) for group in unit.groups]
         stochastic, kept = (torch.stack(part) for part in zip(*drawn, strict=True))
-        initial = self.initial_noise(unit, plan)
 
         def chain(rows: Tensor) -> Chain:
             groups = rows // unit.samples

@@ -33,4 +33,4 @@ def group_distance(images: Tensor, samples: int) -> Tensor:
     """[P] float32: mean over the pairs of a group of the root-mean-square pixel difference, pixels in [0, 1]."""
     pixels = images.reshape(-1, samples, images[0].numel()).float() / 255  # [P, G, D]
     rms = torch.cdist(pixels, pixels, compute_mode="donot_use_mm_for_euclid_dist") / pixels.shape[-1] ** 0.5
-    return rms.sum((1, 2)) / (samples * (samples - 1))
+    return rms.sum((1, 2)) / max(samples * (samples - 1), 1)

@@ -1,7 +1,4 @@
-"""How well a pipeline paints its held-out prompts: per-task composition accuracy and OCR score, plain diffusers only.
-
-`python -m rlalign.zoo.evaluate --help`
-"""
+"""How well a pipeline paints its held-out prompts: composition accuracy per task and OCR score."""
 
 import argparse
 import json
@@ -79,7 +76,7 @@ def _batches(prompts: Sequence[Prompt]) -> Iterator[Sequence[Prompt]]:
 
 def main() -> None:
     """Print one JSON line per guidance scale."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pipeline", type=Path, default=SHIPPED, help="diffusers folder (default: the shipped one)")
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0, 3.0], help="guidance scales to try")
     parser.add_argument("--steps", type=int, default=20, help="Euler steps")

@@ -38,7 +38,6 @@ _KL_WEIGHT = 3e-4
 _DROP_CAPTION = 0.1
 _EMA_DECAY = 0.998
 _WARMUP = 300
-_IMAGES_EACH = 4  # per held-out prompt
 
 
 def render(count: int, seed: int, workers: int) -> tuple[Tensor, Tensor]:
@@ -111,25 +110,25 @@ def normalise(vae: AutoencoderKL, latents: Tensor) -> None:
 
 
 def train_flow(
-    networks: Networks, latents: Tensor, tokens: Tensor, args: argparse.Namespace, vae: AutoencoderKL
-) -> None:
-    """Flow matching with a constant learning rate; every now and then the moving average is evaluated and saved."""
+    networks: Networks, latents: Tensor, tokens: Tensor, batch: int, rate: float, clock: Clock
+) -> Iterator[tuple[int, Networks]]:
+    """Flow matching with a constant learning rate. Yields the steps done so far and the moving average."""
     average = AveragedModel(networks, multi_avg_fn=get_ema_multi_avg_fn(_EMA_DECAY))
+    assert isinstance(average.module, Networks)
     optimizer = torch.optim.AdamW(
-        networks.parameters(), lr=args.rate, weight_decay=0.01, betas=(0.9, 0.99), fused=latents.is_cuda
+        networks.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.99), fused=latents.is_cuda
     )
     empty = torch.tensor(build_tokenizer()("", padding="max_length").input_ids, device=tokens.device)
-    clock = Clock(args.steps, args.seconds)
     for step in clock:
-        set_rate(optimizer, args.rate * min(1, (step + 1) / _WARMUP))
-        rows = torch.randint(len(latents), (args.batch,), device=latents.device)
-        dropped = torch.rand(args.batch, 1, device=latents.device) < _DROP_CAPTION
+        set_rate(optimizer, rate * min(1, (step + 1) / _WARMUP))
+        rows = torch.randint(len(latents), (batch,), device=latents.device)
+        dropped = torch.rand(batch, 1, device=latents.device) < _DROP_CAPTION
         loss = flow_loss(networks, latents[rows], torch.where(dropped, empty, tokens[rows]))
         descend(loss, networks, optimizer)
         average.update_parameters(networks)
-        if (step + 1) % args.every == 0:
-            print(f"flow step {step + 1} loss {loss.item():.4f} {clock.elapsed():.0f} s", flush=True)
-            keep(average.module, vae, args.to, step + 1)
+        if step % 500 == 0:
+            print(f"flow step {step} loss {loss.item():.4f} {clock.elapsed():.0f} s", flush=True)
+        yield step + 1, average.module
 
 
 def flow_loss(networks: Networks, clean: Tensor, tokens: Tensor) -> Tensor:
@@ -157,17 +156,17 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
-def keep(networks: Networks, vae: AutoencoderKL, folder: Path, step: int) -> None:
+def keep(networks: Networks, vae: AutoencoderKL, folder: Path, step: int, images_each: int) -> None:
     """Evaluate on the held-out compositions and save under a name that says how well it did."""
-    prompts = as_prompts(composition_prompts(heldout=True), _IMAGES_EACH)
+    prompts = as_prompts(composition_prompts(heldout=True), images_each)
     pipeline = assemble(networks, vae)
     plain, guided = (accuracies(paint(pipeline, prompts, guidance), prompts) for guidance in (1.0, 3.0))
-    print(f"  unguided {plain['score']:.3f} guided {guided['score']:.3f} {rounded(plain)}", flush=True)
+    print(f"step {step} unguided {rounded(plain)} guided {guided['score']:.3f}", flush=True)
     folder.mkdir(parents=True, exist_ok=True)
-    shape = {"width": networks.transformer.inner_dim, "layers": networks.transformer.config.num_layers}
     tensors = {name: tensor.half().contiguous() for name, tensor in networks.state_dict().items()}
-    metadata = {name: str(value) for name, value in shape.items()}
-    save_file(tensors, folder / f"step_{step:06d}_{plain['score']:.3f}_{guided['score']:.3f}.safetensors", metadata)
+    config = networks.transformer.config
+    shape = {"width": str(config.caption_projection_dim), "layers": str(config.num_layers)}
+    save_file(tensors, folder / f"step_{step:06d}_{plain['score']:.3f}_{guided['score']:.3f}.safetensors", shape)
 
 
 def rounded(numbers: dict[str, float]) -> dict[str, float]:
@@ -202,8 +201,8 @@ def run_vae(args: argparse.Namespace) -> None:
 def report_reconstructions(vae: AutoencoderKL) -> None:
     """Accuracy of the composition reward on fresh held-out scenes and on what the VAE makes of them."""
     rng = np.random.default_rng(1)
-    prompts = as_prompts(composition_prompts(heldout=True), _IMAGES_EACH)
-    images = torch.from_numpy(np.stack([draw(prompt.metadata, rng) for prompt in prompts])).permute(0, 3, 1, 2)
+    prompts = as_prompts(composition_prompts(heldout=True), images_each=4)
+    images = torch.from_numpy(np.stack([draw(dict(prompt.metadata), rng) for prompt in prompts])).permute(0, 3, 1, 2)
     print("drawn", rounded(accuracies(images, prompts)))
     print("reconstructed", rounded(accuracies(reconstruct(vae, images), prompts)), flush=True)
 
@@ -215,7 +214,11 @@ def run_flow(args: argparse.Namespace) -> None:
     latents = encode_all(vae, scenes["images"])
     latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
     networks = Networks(args.width, args.layers).to(args.device)
-    train_flow(networks, latents.clone(), scenes["tokens"], args, vae)
+    clock = Clock(args.steps, args.seconds)
+    # Tensors made in inference mode cannot enter autograd, hence the clone.
+    for step, average in train_flow(networks, latents.clone(), scenes["tokens"], args.batch, args.rate, clock):
+        if step % args.every == 0:
+            keep(average, vae, args.to, step, args.images_each)
 
 
 def run_assemble(args: argparse.Namespace) -> None:
@@ -233,17 +236,18 @@ def parse() -> argparse.Namespace:
     )
     draw_.add_argument("--count", type=int, default=300_000)
     draw_.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that draw")
-    for command, batch, rate in ((vae, 256, 2e-3), (flow, 1024, 1e-3)):
+    for command, steps, batch, rate in ((vae, 3500, 256, 2e-3), (flow, 5000, 1024, 1e-3)):
         command.add_argument("--scenes", type=Path, required=True, help="file that `draw` wrote")
-        command.add_argument("--steps", type=int, default=20_000, help="at most so many steps")
+        command.add_argument("--steps", type=int, default=steps, help="at most so many steps")
         command.add_argument("--seconds", type=float, default=1e6, help="at most so long")
         command.add_argument("--batch", type=int, default=batch)
         command.add_argument("--rate", type=float, default=rate, help="learning rate")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     vae.add_argument("--channels", type=int, nargs="+", default=[16, 16, 48], help="per resolution")
     flow.add_argument("--width", type=int, default=96, help="of the transformer; a multiple of 32")
-    flow.add_argument("--layers", type=int, default=4)
-    flow.add_argument("--every", type=int, default=2000, help="steps between evaluations")
+    flow.add_argument("--layers", type=int, default=3)
+    flow.add_argument("--every", type=int, default=500, help="steps between evaluations")
+    flow.add_argument("--images-each", type=int, default=4, help="pictures per held-out prompt in an evaluation")
     assemble_.add_argument("--networks", type=Path, required=True, help="file that `flow` kept")
     for command in (flow, assemble_):
         command.add_argument("--vae", type=Path, required=True, help="folder that `vae` wrote")

@@ -112,9 +112,9 @@ def test_predict(case: Case, family: Family, inputs: dict[str, Any]):
 
 
 def test_rows_are_independent(family: Family, inputs: dict[str, Any]):
-    flipped = {k: v.flip(0) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    flipped["cond"] = {name: tensor.flip(0) for name, tensor in inputs["cond"].items()}
-    torch.testing.assert_close(family.predict(**flipped).flip(0), family.predict(**inputs))
+    cond = {name: tensor.flip(0) for name, tensor in inputs["cond"].items()}
+    flipped = family.predict(inputs["x"].flip(0), inputs["time"].flip(0), cond, inputs["size"])
+    torch.testing.assert_close(flipped.flip(0), family.predict(**inputs))
 
 
 def test_guide(family: Family):

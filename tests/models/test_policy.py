@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from rlalign.mdp.noise import Noise
-from rlalign.policy import Policy, RolloutConfig, draw_steps
+from rlalign.policy import Policy, RolloutConfig, Variant, Window, draw_steps
 from rlalign.types import Cond, Prompt, Trajectory
 from tests.tiny import sd3_folder, sd3_policy, shaken
 
@@ -86,7 +86,8 @@ def test_windows_of_rows_may_differ(folder: Path, name: str):
 
 
 def test_unscaled_and_summed_log_probs(folder: Path):
-    for settings in ({"logprob_reduction": "sum"}, {"kernel": "cps", "cps_logprob": "unscaled"}):
+    cases: list[dict[str, Any]] = [{"logprob_reduction": "sum"}, {"kernel": "cps", "cps_logprob": "unscaled"}]
+    for settings in cases:
         policy = sd3_policy(folder, shake=0.1, micro_batch=3, **settings)
         trajectory = sample(policy)
         step = policy.replay(trajectory, 1)
@@ -108,7 +109,9 @@ def test_detached_unconditional_half_has_the_same_value_and_another_gradient(fol
     torch.testing.assert_close(steps[0].gaussian.mean, steps[1].gaussian.mean)
     for step in steps:
         step.gaussian.mean.square().mean().backward()
-    first, second = (torch.cat([p.grad.flatten() for p in policy.parameters.values()]) for policy in policies)
+    first, second = (
+        torch.cat([p.grad.flatten() for p in policy.parameters.values() if p.grad is not None]) for policy in policies
+    )
     assert second.any() and not torch.allclose(first, second)
 
 
@@ -168,7 +171,7 @@ def test_using_computes_with_those_weights_and_restores_exactly(policy: Policy):
     with_ema = predicted(policy)
     shaken(policy, 0.1)
     now, tensors = predicted(policy), {key: tensor.clone() for key, tensor in policy.weights("policy").items()}
-    expected = {"policy": now, "old": with_old, "ema": with_ema, "reference": at_start}
+    expected: dict[Variant, Tensor] = {"policy": now, "old": with_old, "ema": with_ema, "reference": at_start}
     assert len({float(output.detach().sum()) for output in expected.values()}) == 4
     for name, output in expected.items():
         with policy.using(name):
@@ -179,7 +182,7 @@ def test_using_computes_with_those_weights_and_restores_exactly(policy: Policy):
 
 
 @pytest.mark.parametrize("name", ["old", "reference"])
-def test_weights_come_back_after_an_error(policy: Policy, name: str):
+def test_weights_come_back_after_an_error(policy: Policy, name: Variant):
     policy.keep("old")
     shaken(policy, 0.1)
     now = predicted(policy)
@@ -189,7 +192,7 @@ def test_weights_come_back_after_an_error(policy: Policy, name: str):
 
 
 @pytest.mark.parametrize("name", ["old", "reference"])
-def test_a_graph_survives_a_pass_with_other_weights(policy: Policy, name: str):
+def test_a_graph_survives_a_pass_with_other_weights(policy: Policy, name: Variant):
     """The policy's pass, another's without gradient, then backward: as DiffusionNFT and the KL term do."""
     policy.keep("old")
     shaken(policy, 0.1)
@@ -241,15 +244,15 @@ def test_load_refuses_what_does_not_fit(policy: Policy):
 
 def test_impossible_rollouts_are_refused():
     with pytest.raises(ValueError, match="window of 3 steps does not fit"):
-        RolloutConfig(size=(16, 16), window={"size": 3, "range": (0, 2)})
+        RolloutConfig(size=(16, 16), window=Window(size=3, range=(0, 2)))
     with pytest.raises(ValueError, match="last step is always deterministic"):
-        RolloutConfig(size=(16, 16), num_steps=4, window={"size": 1, "range": (0, 4)})
+        RolloutConfig(size=(16, 16), num_steps=4, window=Window(size=1, range=(0, 4)))
     with pytest.raises(ValueError, match="belongs to kernel: cps"):
         RolloutConfig(size=(16, 16), cps_logprob="unscaled")
 
 
 def test_draw_steps():
-    settings = RolloutConfig(size=(16, 16), num_steps=10, window={"size": 3, "range": (0, 5)})
+    settings = RolloutConfig(size=(16, 16), num_steps=10, window=Window(size=3, range=(0, 5)))
     starts = set()
     for group in range(50):
         stochastic, kept = draw_steps(settings, True, NOISE, 0, group)

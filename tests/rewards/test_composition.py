@@ -53,9 +53,8 @@ def test_a_blank_picture_shows_nothing(level: int) -> None:
 @pytest.mark.parametrize("block", [1, 2, 4, 8, 16])
 def test_noise_of_any_grain_shows_nothing(block: int) -> None:
     scenes = [metadata for task in TASKS for metadata in random_scenes(task, 50)]
-    coarse = torch.randint(
-        0, 256, (len(scenes), 3, 32 // block, 32 // block), generator=torch.Generator().manual_seed(0)
-    )
+    shape = (len(scenes), 3, 32 // block, 32 // block)
+    coarse = torch.randint(0, 256, shape, generator=torch.Generator().manual_seed(0))
     noise = coarse.to(torch.uint8).repeat_interleave(block, -1).repeat_interleave(block, -2)
     assert composition(noise, prompts(scenes))["score"].sum() == 0
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlalign.scoring import Reward, RewardConfig, Scoring
-from rlalign.types import Prompt, Unit
+from rlalign.types import Prompt, Role, Unit
 from tests.scoring.helpers import Recorder, reward, rows_of, scoring
 
 
@@ -37,15 +37,15 @@ def test_total_is_the_weighted_sum_of_the_train_rewards(images: Tensor, unit: Un
 
 
 @pytest.mark.parametrize("role", ["monitor", "heldout"])
-def test_a_reward_that_is_not_due_is_not_called(images: Tensor, unit: Unit, role: str) -> None:
+def test_a_reward_that_is_not_due_is_not_called(images: Tensor, unit: Unit, role: Role) -> None:
     idle = Recorder()
     engine = Scoring([reward(Recorder(), name="busy"), reward(idle, name="idle", role=role)])
     assert list(engine.score(images, unit).rewards) == ["busy"]
     assert idle.rows == []
     assert not any("idle" in key for key in engine.stats())
-    assert list(engine.score(images, unit, roles={"train", role}).rewards) == ["busy", "idle"]
+    assert list(engine.score(images, unit, roles=("train", role)).rewards) == ["busy", "idle"]
     assert len(idle.rows) == 1
-    assert list(engine.score(images, unit, roles={role}).rewards) == ["idle"]
+    assert list(engine.score(images, unit, roles=(role,)).rewards) == ["idle"]
 
 
 def test_a_groupwise_reward_gets_one_group_in_a_call(images: Tensor, unit: Unit) -> None:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -221,7 +222,7 @@ def dpmpp_rollout(case: Case) -> Outputs:
     }
 
 
-def _never(*_: object) -> Tensor:
+def _never(*_: object) -> NoReturn:
     raise AssertionError("a deterministic rollout draws and scores nothing")
 
 
@@ -356,7 +357,7 @@ def plain_grid(case: Case) -> Outputs:
 
 
 def compressed_grid(case: Case) -> Outputs:
-    first, end = case.params["window"]
+    _, end = case.params["window"]
     ratio = case.params["dpm_post_compress_ratio"]
     try:
         return _grid(case, compressed_tail_sigmas(case.params["T"], case.params["shift"], end - 1, ratio))

@@ -1,7 +1,7 @@
 """Advantages, losses and averages."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -264,8 +264,8 @@ def kl_loss(case: Case) -> Outputs:
 
 def nft(case: Case, rho: Tensor, beta: float, bound: float, kl_weight: float) -> Outputs:
     (output,) = leaves(case, "model_output")
-    known = (case.inputs[name] for name in ("x0", "xt", "t"))
-    positive, negative = branch_losses(*known, output, case.inputs["old_model_output"], beta, "adaptive")
+    x0, x_t, t, v_old = (case.inputs[name] for name in ("x0", "xt", "t", "old_model_output"))
+    positive, negative = branch_losses(x0, x_t, t, output, v_old, beta, "adaptive")
     first = (bound * (rho * positive + (1 - rho) * negative) / beta).mean()
     loss = first + kl_weight * (output - case.inputs["ref_model_output"]).square().mean()
     return {"loss": loss, "policy_loss": first, "grad_model_output": gradient(loss, output)}
@@ -273,7 +273,7 @@ def nft(case: Case, rho: Tensor, beta: float, bound: float, kl_weight: float) ->
 
 def nft_paper(case: Case) -> Outputs:
     p = case.params
-    rho = optimality(case.inputs["advantages"], p["adv_clip_max"], p["adv_mode"])
+    rho = optimality(case.inputs["advantages"], p["adv_clip_max"], p.get("adv_mode", "all"))
     return nft(case, rho, p["beta"], p["adv_clip_max"], p["train_beta"])
 
 
@@ -315,12 +315,12 @@ def decay_flow_factory(case: Case) -> Outputs:
 
 def flow_factory_rule(p: dict[str, Any]) -> Callable[[int], float]:
     top = p["decay"]
-    start, warmup, total = p.get("initial_decay", 0.0), p.get("warmup_steps", 1), p.get("total_steps", 1)
+    start, warmup, total = p.get("initial_decay", 0.0), p.get("warmup_steps", 10), p.get("total_steps", 1000)
     rules: dict[str, Callable[[int], float]] = {
         "constant": lambda t: top,
         "power": lambda t: ema.power(t, top, warmup),
         "linear": lambda t: ema.ramp(t, 0, (top - start) / warmup, top, start),
-        "piecewise_linear": lambda t: ema.ramp(t, p["flat_steps"], p["ramp_rate"], top),
+        "piecewise_linear": lambda t: ema.ramp(t, p.get("flat_steps", 0), p.get("ramp_rate", 0.001), top),
         "cosine": lambda t: ema.cosine(t, start, top, total),
         "warmup_cosine": lambda t: ema.warmup_cosine(t, start, top, warmup, total),
     }
@@ -352,7 +352,9 @@ def ema_flow_grpo(case: Case) -> Outputs:
 
 
 def ema_flow_factory(case: Case) -> Outputs:
-    """piecewise_linear with settings that the case does not carry: flat 5, rate 0.05, at most 0.5, read off its numbers."""
+    """piecewise_linear; its settings are not in the case but were read off its numbers: flat 5, rate 0.05, top 0.5."""
+    if not str(case.meta["case"]).startswith("piecewise"):
+        raise NotImplementedCase("the case does not say its schedule")
     given = {"flat_steps": 5, "ramp_rate": 0.05, "decay": 0.5, "schedule_type": "piecewise_linear"} | case.params
     return averaged(case, flow_factory_rule(given))
 

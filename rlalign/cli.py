@@ -1,0 +1,232 @@
+"""The command line: arguments in, exit code out. What a command does stands in ``rlalign.commands``.
+
+Exit codes: 0 done, 1 internal error (with its traceback), 2 bad input (one sentence), 130 interrupted, 143 terminated.
+Commands import what they need when they run, so that `rlalign --help` does not wait for torch.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal, NoReturn
+
+import typer
+
+from rlalign import __version__
+from rlalign.commands.problems import BadInput
+
+Weights = Literal["policy", "ema"]
+UsageError = typer.BadParameter.__mro__[2]  # click's exception for wrong arguments; typer brings its own click or imports it
+
+app = typer.Typer(
+    name="rlalign",
+    help="Aligns diffusion and flow-matching models with rewards, online: sample, score, update, broadcast, again.",
+    epilog="Start here: rlalign train quickstart",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+rewards = typer.Typer(help="The rewards that can be named in a run file.")
+models = typer.Typer(help="The model families, and the models that are shipped.")
+algorithms = typer.Typer(help="The algorithms, and the papers' presets.")
+app.add_typer(rewards, name="rewards")
+app.add_typer(models, name="models")
+app.add_typer(algorithms, name="algorithms")
+
+RunFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe (quickstart) or a run file.")]
+Target = Annotated[str, typer.Argument(metavar="DIR|NAME|FILE", help="A run's folder, a recipe or a run file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, such as runs/quickstart.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as in optimizer.lr=1e-4.")
+]
+WhichWeights = Annotated[Weights | None, typer.Option(help="Unless given: ema where the run keeps one, else policy.")]
+Steps = Annotated[int | None, typer.Option(help="The same as steps=N.")]
+
+
+@app.command(epilog="Examples: rlalign train quickstart  |  rlalign train my.yaml algorithm=nft optimizer.lr=3e-4 --seed 1")
+def train(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes; runs/NAME unless given.")] = None,
+    steps: Steps = None,
+    seed: Annotated[int | None, typer.Option(help="The same as seed=S.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run in that place aside.")] = False,
+) -> int:
+    """Start a run, or go on with it: the same command does both, and nothing once it is finished."""
+    from rlalign.commands.train import train
+
+    return train(run_file, _with(overrides, steps=steps, seed=seed), run_dir, fresh)
+
+
+@app.command(epilog="Example: rlalign resume runs/quickstart")
+def resume(run: RunFolder, steps: Annotated[int | None, typer.Option(help="Prolong the run to so many.")] = None) -> int:
+    """Go on with a run from its last checkpoint; needs nothing but its folder."""
+    from rlalign.commands.train import resume
+
+    return resume(run, _with(None, steps=steps))
+
+
+@app.command(epilog="Example: rlalign plan my.yaml rollout.micro_batch=4")
+def plan(
+    run: Target,
+    overrides: Overrides = None,
+    measure: Annotated[bool, typer.Option("--measure", help="Load a large model too, to measure its memory.")] = False,
+) -> int:
+    """Say what a run will do and what memory it takes, before anything starts."""
+    from rlalign.commands.plan import plan
+
+    return plan(run, overrides or [], measure)
+
+
+@app.command()
+def doctor() -> int:
+    """Look at versions, devices, the shipped model and what is missing."""
+    from rlalign.commands.doctor import doctor
+
+    return doctor()
+
+
+@app.command(epilog='Examples: rlalign sample runs/quickstart  |  rlalign sample quickstart --prompt "a red circle" --num 8')
+def sample(
+    of: Annotated[str, typer.Argument(metavar="DIR|NAME|FILE|MODEL", help="A run, a run file, or a model such as zoo:scenes.")],
+    overrides: Overrides = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Repeat for more; unless given, held-out prompts.")] = None,
+    num: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
+    seed: Annotated[int, typer.Option(min=0, help="Of the initial noise.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; the run's evaluation.num_steps unless given.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the run's evaluation.guidance_scale.")] = None,
+    weights: WhichWeights = None,
+    latents: Annotated[Path | None, typer.Option(help="Initial latents to start from: safetensors, `latents`.")] = None,
+    save_latents: Annotated[Path | None, typer.Option(help="Write the initial latents to this file.")] = None,
+    to: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
+) -> int:
+    """Make pictures with a run's model, or with a model as it is."""
+    from rlalign.commands.sample import Wish, sample
+
+    return sample(
+        Wish(of, overrides or [], prompt or [], num, seed, steps, guidance, weights, latents, save_latents, to)
+    )
+
+
+@app.command(epilog="Example: rlalign evaluate runs/quickstart evaluation.num_images=128")
+def evaluate(
+    run: Target,
+    overrides: Overrides = None,
+    weights: WhichWeights = None,
+    to: Annotated[Path | None, typer.Option(help="Folder for metrics.json and the grid.")] = None,
+) -> int:
+    """Judge a run's last checkpoint, or a run file's untrained model, on held-out prompts."""
+    from rlalign.commands.evaluate import evaluate
+
+    return evaluate(run, overrides or [], weights, to)
+
+
+@app.command(epilog="Example: rlalign export runs/quickstart --to my_lora")
+def export(
+    run: RunFolder,
+    to: Annotated[Path, typer.Option(help="Folder to write, or a file.safetensors for a LoRA.")],
+    full: Annotated[bool, typer.Option("--full", help="The whole pipeline, adapters added into its weights.")] = False,
+    weights: WhichWeights = None,
+) -> int:
+    """Write trained weights for diffusers: a LoRA, or the whole pipeline with --full."""
+    from rlalign.commands.export import export
+
+    return export(run, to, full, weights)
+
+
+@app.command(epilog="Example: rlalign report runs/quickstart")
+def report(run: RunFolder) -> int:
+    """Write a run's report.html, also while it is still going on."""
+    from rlalign.commands.report import report
+
+    return report(run)
+
+
+@rewards.command("list")
+def rewards_list() -> int:
+    """Name the installed rewards."""
+    from rlalign.commands.lists import list_rewards
+
+    return list_rewards()
+
+
+@rewards.command("show")
+def rewards_show(name: Annotated[str, typer.Argument(help="A reward's name, or module:function.")]) -> int:
+    """Say what a reward does and which options it has."""
+    from rlalign.commands.lists import show_reward
+
+    return show_reward(name)
+
+
+@models.command("list")
+def models_list() -> int:
+    """Name the model families."""
+    from rlalign.commands.lists import list_models
+
+    return list_models()
+
+
+@algorithms.command("list")
+def algorithms_list() -> int:
+    """Name the algorithms and presets."""
+    from rlalign.commands.lists import list_algorithms
+
+    return list_algorithms()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(f"rlalign {__version__}")
+        raise typer.Exit
+
+
+def run(arguments: Sequence[str]) -> int:
+    """One command, or the help where there is none; its exit code. An internal error is raised, not returned."""
+    try:
+        return app(list(arguments) or ["--help"], prog_name="rlalign", standalone_mode=False) or 0
+    except UsageError as error:
+        return _complain(_usage(error))
+    except BadInput as error:
+        return _complain(str(error))
+    except (KeyboardInterrupt, typer.Abort):
+        print("rlalign: interrupted", file=sys.stderr)
+        return 130
+
+
+def main() -> NoReturn:
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading bars would break up our own
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    log = logging.getLogger("rlalign")
+    log.addHandler(Warnings())
+    log.propagate = False
+    signal.signal(signal.SIGTERM, _terminated)
+    sys.exit(run(sys.argv[1:]))
+
+
+class Warnings(logging.Handler):
+    """Log records as plain lines on whatever standard error is at that moment: a progress bar may stand in its place."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _complain(sentence: str) -> int:
+    print(f"rlalign: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _usage(error: Any) -> str:
+    words = " ".join(error.format_message().split()).rstrip(".").replace(". Did you", "; did you")
+    return f"{words} (rlalign --help shows what there is)"
+
+
+def _with(overrides: list[str] | None, **options: int | None) -> list[str]:
+    return [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]

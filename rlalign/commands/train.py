@@ -1,0 +1,194 @@
+"""train and resume: the same thing, told from where."""
+
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rlalign.build import build
+from rlalign.checks import warnings
+from rlalign.commands.problems import in_preparation, in_training
+from rlalign.commands.runs import config_of_run
+from rlalign.config import RunConfig, find, load
+from rlalign.loop import LoopSettings, Parts, Stopped
+from rlalign.loop import train as run_loop
+from rlalign.reporting.grids import before_after
+from rlalign.reporting.metrics import read
+from rlalign.reporting.progress import Progress
+from rlalign.reporting.recorder import Recorder
+from rlalign.reporting.report import write_report
+from rlalign.reporting.sinks import make_sinks
+from rlalign.reporting.watch import Watch, WatchConfig
+from rlalign.rundir import Run, RunDir, open_run
+
+EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
+
+
+def train(name: str, overrides: Sequence[str], folder: Path | None, fresh: bool) -> int:
+    """Starts the run, goes on with it, or says that it is finished; the exit code."""
+    with in_preparation():
+        path = find(name)
+        config = load(path, overrides)
+    return run(config, folder or Path("runs") / path.stem, fresh)
+
+
+def resume(folder: Path, overrides: Sequence[str]) -> int:
+    """Goes on with the run in ``folder``."""
+    with in_preparation():
+        config = config_of_run(folder, overrides)
+    return run(config, folder, fresh=False)
+
+
+def run(config: RunConfig, folder: Path, fresh: bool) -> int:
+    """One run in its folder, from wherever it stands."""
+    with ExitStack() as stack:
+        asked = stack.enter_context(Interrupts())
+        with in_preparation():
+            opened = _open(config, folder, fresh=False) if RunDir(folder).info.exists() and not fresh else None
+            if opened is not None:
+                stack.enter_context(opened)
+                if opened.finished:
+                    return _say_finished(folder, opened.info.step)
+            for doubt in warnings(config):
+                print(f"warning: {doubt}", file=sys.stderr)
+            parts, settings = build(config)
+            stack.callback(_close, parts)
+            current = opened or stack.enter_context(_open(config, folder, fresh))
+        return _train(config, parts, settings, current, asked)
+
+
+def _open(config: RunConfig, folder: Path, fresh: bool) -> Run:
+    return open_run(folder, config.tree(), config.hashed(), sys.argv, fresh)
+
+
+def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run, asked: "Interrupts") -> int:
+    folder = current.files.path
+    print(f"{'going on' if current.step else 'starting'} at step {current.step} of {config.steps} in {folder}", flush=True)
+    try:
+        _loop(config, parts, settings, current, asked)
+    except Stopped:
+        done = current.info.step
+        current.mark("interrupted", done)
+        print(f"stopped after step {done} of {config.steps}; to go on: rlalign resume {folder}", flush=True)
+        _write_pages(folder)
+        return EXIT_CODES[asked.signal or signal.SIGINT]
+    except BaseException:
+        current.mark("failed", current.info.step)
+        raise
+    current.mark("finished", config.steps)
+    _write_pages(folder)
+    _say_results(folder)
+    return 0
+
+
+def _loop(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run, asked: "Interrupts") -> None:
+    with Progress(config.steps, current.step) as progress, in_training(), asked.patiently():
+        recorder = _recorder(config, current, Display(progress, current, config))
+        try:
+            run_loop(parts, settings, recorder, asked.stop)
+        finally:
+            recorder.close()
+
+
+def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:
+    clip = getattr(config.algorithm, "clip_range", None)  # algorithms without a ratio have none
+    heldout = tuple(reward.name for reward in config.rewards if reward.role == "heldout")
+    watch = Watch(WatchConfig(), min(clip) if isinstance(clip, tuple) else clip, config.optimizer.eps, heldout)
+    sinks = make_sinks(config.reporting, current, config.tree())
+    return Recorder(current, config.steps, config.checkpoint, watch, sinks, display)
+
+
+class Display:
+    """Shows the run to a person, and its workers to those who watch from outside."""
+
+    def __init__(self, progress: Progress, current: Run, config: RunConfig) -> None:
+        self.progress, self.run, self.config = progress, current, config
+        self._write_workers(current.step)
+
+    def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
+        self.progress.evaluated(step, metrics)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        self.progress.row(row)
+        self._write_workers(int(row["step"]) + 1)
+
+    def _write_workers(self, version: int) -> None:
+        runtime = self.config.runtime
+        counts = {"sampler": runtime.samplers, "scorer": runtime.scorers, "learner": 1}
+        here: dict[str, Any] = {"pid": os.getpid(), "node": platform.node()}
+        workers = [{"role": role, "index": i, **here, "version": version} for role, n in counts.items() for i in range(n)]
+        self.run.write_workers(workers)
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM: while the loop runs, the first is honoured after the step, with a checkpoint.
+
+    At any other time, and for the second, the process ends at once: checkpoints are whole or not there. It must not be
+    an exception, which libraries written in C turn into errors of their own.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self.patient = False
+
+    def __enter__(self) -> "Interrupts":
+        self.before = {number: signal.signal(number, self._handle) for number in EXIT_CODES}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    @contextmanager
+    def patiently(self) -> Iterator[None]:
+        """Inside the block somebody asks ``stop`` after every step."""
+        self.patient = True
+        try:
+            yield
+        finally:
+            self.patient = False
+
+    def stop(self) -> bool:
+        return self.signal is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None or not self.patient:
+            os.write(2, b"\nended at once; what was saved stays good\n")
+            os._exit(EXIT_CODES[signal.Signals(number)])
+        self.signal = signal.Signals(number)
+        # os.write, since the signal may have come in the middle of a print.
+        os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
+
+
+def _close(parts: Parts) -> None:
+    for pool in (parts.samplers, parts.scorers, parts.learners):
+        pool.close()
+
+
+def _write_pages(folder: Path) -> None:
+    before_after(RunDir(folder).samples)
+    write_report(folder)
+
+
+def _say_finished(folder: Path, steps: int) -> int:
+    print(f"{folder} is finished after {steps} steps; --steps N prolongs it, --fresh starts anew beside it")
+    _say_results(folder)
+    return 0
+
+
+def _say_results(folder: Path) -> None:
+    """The last lines: what came out, and where it is."""
+    files = RunDir(folder)
+    rows = read(files.metrics)
+    before, after = rows[0].get("eval/reward/mean"), rows[-1].get("eval_final/reward/mean")
+    if before is not None and after is not None:
+        print(f"held-out reward {before:.3f} -> {after:.3f} after {len(rows)} steps and {rows[-1]['images']:,} images")
+    print(f"report       {files.report}")
+    print(f"pictures     {files.samples}")
+    print(f"checkpoint   {files.checkpoints / sorted(path.name for path in files.checkpoints.glob('step_*'))[-1]}")
+    print(f"to use it    rlalign export {folder} --to DIR, or rlalign sample {folder} --prompt TEXT")

@@ -1,0 +1,154 @@
+"""Hand-computed advantages, and what must hold of all of them."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlalign.algorithms.advantages import (
+    AdvantageSettings,
+    Std,
+    advantage_aggr,
+    batch,
+    center,
+    flat,
+    gdpo,
+    global_std,
+    group_relative,
+    group_std,
+    loo,
+    lowest,
+    moments,
+)
+from rlalign.types import RewardScores, Scores
+
+REWARDS = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]], dtype=torch.float64)
+ALL = torch.ones(2, 4, dtype=torch.bool)
+PLAIN = Std(delta=0.0)
+
+
+def close(ours: Tensor, theirs: list[list[float]]) -> bool:
+    return torch.allclose(ours, torch.tensor(theirs, dtype=ours.dtype), rtol=0, atol=1e-6)
+
+
+def test_center_and_leave_one_out():
+    assert close(center(REWARDS, ALL), [[-2, -1, 0, 3], [0, 0, 0, 0]])
+    assert close(loo(REWARDS, ALL), [[-8 / 3, -4 / 3, 0, 4], [0, 0, 0, 0]])
+
+
+def test_group_std_population_and_unbiased():
+    assert close(group_std(REWARDS, ALL, PLAIN), [[-1.069045, -0.534522, 0, 1.603567], [0, 0, 0, 0]])
+    unbiased = group_std(REWARDS, ALL, Std(unbiased=True, delta=0.0))
+    assert close(unbiased, [[-0.925820, -0.462910, 0, 1.388730], [0, 0, 0, 0]])
+
+
+def test_global_std_is_of_all_rewards():
+    assert close(global_std(REWARDS, ALL, PLAIN), [[-1.206045, -0.603023, 0, 1.809068], [0, 0, 0, 0]])
+
+
+def test_batch_is_one_big_group():
+    assert close(batch(REWARDS, ALL, PLAIN), [[-1.809068, -1.206045, -0.603023, 1.206045], [0.603023] * 4])
+
+
+def test_delta_is_added_and_floor_is_a_maximum():
+    rewards = torch.tensor([[0.0, 2.0]], dtype=torch.float64)
+    valid = torch.ones(1, 2, dtype=torch.bool)
+    assert close(group_std(rewards, valid, Std(delta=1.0)), [[-0.5, 0.5]])
+    assert close(group_std(rewards, valid, Std(delta=0.0, floor=4.0)), [[-0.25, 0.25]])
+    assert close(group_std(rewards, valid, Std(delta=1.0, floor=4.0)), [[-0.2, 0.2]])
+
+
+def test_aggregated_advantages_weigh_each_reward_in_its_own_units():
+    other = torch.tensor([[10.0, 10.0, 10.0, 14.0], [0.0, 0.0, 2.0, 2.0]], dtype=torch.float64)
+    combined = advantage_aggr([REWARDS, other], [1.0, 0.5], ALL, PLAIN)
+    a, b = group_std(REWARDS, ALL, PLAIN), group_std(other, ALL, PLAIN)
+    assert close(b, [[-0.577350, -0.577350, -0.577350, 1.732051], [-1, -1, 1, 1]])
+    assert torch.equal(combined, a + 0.5 * b)
+    assert torch.allclose(gdpo([REWARDS, other], [1.0, 0.5], ALL, PLAIN), combined / combined.std(correction=0))
+
+
+def test_trimming_leaves_the_lowest_out_of_mean_and_std_but_still_gives_them_an_advantage():
+    assert lowest(REWARDS, ALL, 0.25).tolist() == [[True, False, False, False]] * 2
+    assert lowest(REWARDS, ALL, 0.2).sum() == 0
+    mean, std = 11 / 3, (26 / 9) ** 0.5  # of 2, 3 and 6
+    expected = [[(r - mean) / std for r in (1.0, 2.0, 3.0, 6.0)], [0.0] * 4]
+    assert close(group_std(REWARDS, ALL, PLAIN, trim=0.25), expected)
+
+
+def test_moments_of_what_counts():
+    counted = torch.tensor([[True, False, True, False], [False, False, False, False]])
+    mean, std = moments(REWARDS, counted, [1])
+    assert mean.flatten().tolist() == [2.0, 0.0]
+    assert std.flatten().tolist() == [1.0, 0.0]
+
+
+RULES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "center": center,
+    "loo": loo,
+    "group_std": lambda r, v: group_std(r, v, PLAIN),
+    "group_std unbiased": lambda r, v: group_std(r, v, Std(unbiased=True, delta=1e-8)),
+    "global_std": lambda r, v: global_std(r, v, Std()),
+    "batch": lambda r, v: batch(r, v, Std()),
+    "advantage_aggr": lambda r, v: advantage_aggr([r, r.square()], [1.0, 0.1], v, Std()),
+    "gdpo": lambda r, v: gdpo([r, r.square()], [1.0, 0.1], v, Std()),
+}
+GROUP_RULES = {name: rule for name, rule in RULES.items() if name != "batch"}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_invalid_entries_get_zero_and_say_nothing(rule: Callable[[Tensor, Tensor], Tensor]):
+    valid = ALL.clone()
+    valid[0, 1] = False
+    poisoned = REWARDS.clone()
+    poisoned[0, 1] = torch.nan
+    advantages = rule(poisoned, valid)
+    assert advantages.isfinite().all()
+    assert advantages[0, 1] == 0
+    poisoned[0, 1] = 1e6
+    assert torch.equal(rule(poisoned, valid), advantages)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_nothing_valid_at_all(rule: Callable[[Tensor, Tensor], Tensor]):
+    assert torch.equal(rule(torch.full_like(REWARDS, torch.nan), ~ALL), torch.zeros_like(REWARDS))
+
+
+@pytest.mark.parametrize("rule", GROUP_RULES.values(), ids=GROUP_RULES)
+def test_a_group_without_spread_gets_exactly_zero(rule: Callable[[Tensor, Tensor], Tensor]):
+    rewards = torch.full((2, 7), 0.1)  # the mean of seven 0.1 is not 0.1
+    rewards[0, 0] = 1.0
+    assert (rule(rewards, torch.ones_like(rewards, dtype=torch.bool))[1] == 0).all()
+
+
+@pytest.mark.parametrize("rule", GROUP_RULES.values(), ids=GROUP_RULES)
+def test_a_group_with_a_single_valid_sample_gets_zero(rule: Callable[[Tensor, Tensor], Tensor]):
+    valid = ALL.clone()
+    valid[0, 1:] = False
+    assert (rule(REWARDS, valid)[0] == 0).all()
+
+
+def test_flat_groups_are_those_without_two_different_valid_rewards():
+    valid = ALL.clone()
+    valid[0, 1:] = False
+    assert flat(REWARDS, ALL).tolist() == [False, True]
+    assert flat(REWARDS, valid).tolist() == [True, True]
+    assert flat(REWARDS, ~ALL).tolist() == [True, True]
+
+
+def scores(*rewards: tuple[Tensor, float]) -> Scores:
+    parts = {str(i): RewardScores(r.float(), ALL, "train", weight) for i, (r, weight) in enumerate(rewards)}
+    monitor = RewardScores(torch.full((2, 4), 1e3), ~ALL, "monitor", 1.0)
+    return Scores({**parts, "watched": monitor})
+
+
+def test_settings_choose_the_rule_and_clip_last():
+    both = scores((REWARDS, 1.0), (REWARDS.square(), 0.5))
+    total = REWARDS + 0.5 * REWARDS.square()
+    computed = group_relative(both, AdvantageSettings(advantage="center", adv_clip=5.0))
+    assert computed.dtype == torch.float32
+    assert torch.allclose(computed, center(total, ALL).clamp(-5, 5).float())
+    grouped = group_relative(both, AdvantageSettings(advantage="group_std", std_estimator="unbiased", std_delta=0.5))
+    assert torch.allclose(grouped, group_std(total, ALL, Std(unbiased=True, delta=0.5)).float())
+    aggregated = group_relative(both, AdvantageSettings(advantage="advantage_aggr"))
+    assert torch.allclose(aggregated, advantage_aggr([REWARDS, REWARDS.square()], [1.0, 0.5], ALL, Std()).float())

@@ -1,0 +1,171 @@
+"""GRPO's loss on a small chain: what is penalised, what is clipped, what is logged."""
+
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from rlalign.algorithms.base import Loss
+from rlalign.algorithms.grpo import Algorithm, Config
+from rlalign.mdp.noise import Noise
+from rlalign.models.lora import LoraConfig, attach
+from rlalign.policy import Policy
+from rlalign.types import Trajectory
+
+from .chains import WEIGHT, make_policy, sample, weight
+
+ADVANTAGES = torch.tensor([1.0, -1.0, 0.0, 2.0, -0.5, 0.0], dtype=torch.float64)
+
+
+@pytest.fixture
+def policy() -> Policy:
+    return make_policy(dim=2, num_steps=4)
+
+
+@pytest.fixture
+def trajectory(policy: Policy) -> Trajectory:
+    return sample(policy, len(ADVANTAGES), seed=0)
+
+
+def losses(policy: Policy, trajectory: Trajectory, **config: Any) -> list[Loss]:
+    return list(Algorithm(Config(**config)).losses(policy, trajectory, ADVANTAGES, Noise(0)))
+
+
+def moved(policy: Policy, by: float = 0.05) -> Policy:
+    with torch.no_grad():
+        weight(policy)[:, :, -1] += by
+    return policy
+
+
+def gradient(policy: Policy, terms: list[Loss]) -> Tensor:
+    policy.parameters[WEIGHT].grad = None
+    for term in terms:
+        term.rows.sum().backward()
+    found = policy.parameters[WEIGHT].grad
+    assert found is not None
+    return found.clone()
+
+
+def test_the_ratio_is_exactly_one_before_the_first_update(policy: Policy, trajectory: Trajectory):
+    terms = losses(policy, trajectory)
+    assert len(terms) == 3
+    assert all((term.maxima["ratio/max_abs_dev"] == 0).all() for term in terms)
+    assert all((term.means["clip_fraction"] == 0).all() for term in terms)
+    assert torch.allclose(torch.stack([term.rows for term in terms]).sum(0), -ADVANTAGES, rtol=0, atol=1e-12)
+
+
+def test_a_moved_policy_is_clipped_on_the_favourable_side_alone(policy: Policy, trajectory: Trajectory):
+    (term, *_) = losses(moved(policy, 0.3), trajectory, clip_range=1e-4)
+    rho = term.means["ratio/mean"]
+    clipped = ((rho > 1) & (ADVANTAGES > 0)) | ((rho < 1) & (ADVANTAGES < 0))
+    bounded = -ADVANTAGES * rho.clamp(1 - 1e-4, 1 + 1e-4)
+    assert clipped.any() and not clipped.all()
+    assert torch.allclose(term.means["policy_loss"], torch.where(clipped, bounded, -ADVANTAGES * rho))
+    assert (term.maxima["ratio/max_abs_dev"] == (rho - 1).abs()).all()
+
+
+def test_an_asymmetric_range(policy: Policy, trajectory: Trajectory):
+    (term, *_) = losses(moved(policy, 0.3), trajectory, clip_range=(0.001, 0.5))
+    assert term.means["clip_fraction_high"].sum() == (term.means["ratio/mean"] > 1.5).sum()
+    assert term.means["clip_fraction_low"].sum() == (term.means["ratio/mean"] < 0.999).sum() > 0
+
+
+@pytest.mark.parametrize("form", ["gaussian", "no_tau", "mean_sq", "velocity"])
+def test_every_penalty_has_the_gradient_of_its_value(policy: Policy, trajectory: Trajectory, form: str):
+    """Against finite differences, with the policy term switched off by advantages of 0 that are kept."""
+    config = {"kl_weight": 0.3, "kl_form": form, "zero_std_groups": "keep"}
+    algorithm, silent = Algorithm(Config(**config)), torch.zeros_like(ADVANTAGES)
+
+    def terms() -> list[Loss]:
+        return list(algorithm.losses(policy, trajectory, silent, Noise(0)))
+
+    def value() -> float:
+        return torch.stack([term.rows.sum() for term in terms()]).sum().item()
+
+    moved(policy)
+    analytic = gradient(policy, terms())
+    flat, h = policy.parameters[WEIGHT].data.view(-1), 1e-5
+    for i in range(0, len(flat) - 3, 4):
+        start = flat[i].item()
+        flat[i] = start + h
+        above = value()
+        flat[i] = start - h
+        below = value()
+        flat[i] = start
+        assert analytic.view(-1)[i].item() == pytest.approx((above - below) / (2 * h), rel=1e-6, abs=1e-10)
+    assert analytic.abs().max() > 1e-4
+
+
+def test_penalties_compare_as_their_formulas_say(policy: Policy, trajectory: Trajectory):
+    moved(policy)
+    by_form = {
+        form: [term.means["kl"] for term in losses(policy, trajectory, kl_weight=1.0, kl_form=form)]
+        for form in ("gaussian", "no_tau", "mean_sq", "velocity")
+    }
+    sigma = trajectory.schedule.sigma
+    for slot in range(3):
+        tau = (sigma[slot] - sigma[slot + 1]).item()
+        std = policy.replay(trajectory, slot).gaussian.std.flatten()
+        assert torch.allclose(by_form["no_tau"][slot], tau * by_form["gaussian"][slot])
+        assert torch.allclose(by_form["gaussian"][slot], by_form["mean_sq"][slot] / (2 * std.square()))
+        assert by_form["velocity"][slot].tolist() == pytest.approx([0.05**2] * 6)
+
+
+def test_the_penalty_is_against_the_start_and_not_in_the_logged_policy_loss(policy: Policy, trajectory: Trajectory):
+    at_start = losses(policy, trajectory, kl_weight=10.0)
+    assert all((term.means["kl"] == 0).all() for term in at_start)
+    moved(policy)
+    with_penalty, without = (losses(policy, trajectory, kl_weight=w)[0] for w in (10.0, 0.0))
+    assert torch.equal(with_penalty.means["policy_loss"], without.means["policy_loss"])
+    assert torch.allclose(3 * (with_penalty.rows - without.rows), 10 * with_penalty.means["kl"] * (ADVANTAGES != 0))
+    assert "kl" not in without.means
+
+
+def test_under_lora_the_reference_is_the_net_without_its_adapter():
+    full = make_policy(dim=2, num_steps=4)
+    parameters = attach(full.family.nets, ["velocity"], LoraConfig(rank=2, alpha=2), ["residual"], seed=0)
+    policy = Policy(full.family, full.settings, parameters, lora=True)
+    trajectory = sample(policy, len(ADVANTAGES), seed=0)
+    assert all((term.means["kl"] == 0).all() for term in losses(policy, trajectory, kl_weight=1.0))
+    with torch.no_grad():
+        for parameter in parameters.values():
+            parameter += 0.1
+    terms = losses(policy, trajectory, kl_weight=1.0)
+    assert all((term.means["kl"] > 0).all() for term in terms)
+    torch.stack([term.rows.sum() for term in terms]).sum().backward()
+    assert all(p.grad is not None and (p.grad != 0).any() for p in parameters.values())
+
+
+def test_rows_without_advantage_are_dropped_or_kept(policy: Policy, trajectory: Trajectory):
+    moved(policy)
+    dropped = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="drop")[0].rows
+    kept = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="keep")[0].rows
+    silent = ADVANTAGES == 0
+    assert (dropped[silent] == 0).all()
+    assert (kept[silent] > 0).all()
+    assert torch.equal(dropped[~silent], kept[~silent])
+
+
+def test_only_rows_that_cannot_matter_are_called_silent():
+    assert Algorithm(Config()).needs.silent_zero
+    assert Algorithm(Config(zero_std_groups="keep")).needs.silent_zero
+    assert Algorithm(Config(kl_weight=0.1)).needs.silent_zero
+    assert not Algorithm(Config(kl_weight=0.1, zero_std_groups="keep")).needs.silent_zero
+
+
+def test_no_reference_pass_without_a_penalty(policy: Policy, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch):
+    passes: list[int] = []
+    predict = policy.family.predict
+    monkeypatch.setattr(policy.family, "predict", lambda *args: passes.append(1) or predict(*args))
+    losses(policy, trajectory)
+    assert len(passes) == 3
+    losses(policy, trajectory, kl_weight=1.0)
+    assert len(passes) == 3 + 6
+
+
+@pytest.mark.parametrize("wrong", [{"clip_range": 0.0}, {"clip_range": (0.1, -0.1)}, {"kl_weight": -1}, {"beta": 1}])
+def test_impossible_settings_are_refused(wrong: dict[str, Any]):
+    with pytest.raises(ValidationError):
+        Config(**wrong)

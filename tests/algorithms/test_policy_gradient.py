@@ -1,0 +1,183 @@
+"""T1 and T2 of the exact ladder: gradients without bias, and at rest where the optimum is, each with a failing twin."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlalign.algorithms import ddpo, grpo
+from rlalign.algorithms.advantages import center, loo
+from rlalign.algorithms.base import Algorithm
+from rlalign.mdp.noise import Noise
+from rlalign.policy import Policy
+from rlalign.types import Trajectory
+
+from .chains import WEIGHT, affine, batch_gradients, law, make_policy, off_by, sample, weight
+
+GROUP = 4
+BATCHES, ROWS = 50, 2000  # n = 1e5
+FIRST_SEED = 1000
+WIDE: dict[str, Any] = {"adv_clip": 1e9, "clip_range": 1.0}
+
+SCORE = ddpo.Algorithm(ddpo.Config(mode="sf", adv_clip=1e9))
+IMPORTANCE = ddpo.Algorithm(ddpo.Config(mode="is", **WIDE))
+GRPO = grpo.Algorithm(grpo.Config(advantage="loo", **WIDE))
+
+
+def reward(y: Tensor) -> Tensor:
+    """q y - Q y² / 2 of [b, 1, 1, 1]."""
+    y = y.flatten()
+    return 0.9 * y - 1.3 * y.square() / 2
+
+
+def grouped(baseline: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def advantages(rewards: Tensor) -> Tensor:
+        r = rewards.reshape(-1, GROUP)
+        return baseline(r, torch.ones_like(r, dtype=torch.bool)).flatten()
+
+    return advantages
+
+
+def loss_of(
+    policy: Policy, algorithm: Algorithm, advantages: Callable[[Tensor], Tensor], rewards: Callable[[Tensor], Tensor]
+) -> Callable[[Trajectory], Tensor]:
+    """What the learner would back-propagate, as a sum over steps in place of the mean."""
+
+    def loss(trajectory: Trajectory) -> Tensor:
+        terms = algorithm.losses(policy, trajectory, advantages(rewards(trajectory.final)), Noise(0))
+        return torch.stack([term.rows.mean() for term in terms]).sum() * trajectory.num_kept
+
+    return loss
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """Somewhere in the policy class, not at its start."""
+    policy = make_policy()
+    with torch.no_grad():
+        weight(policy).copy_(torch.tensor([[[0.1, -0.2], [-0.15, 0.3], [0.05, 0.1]]]))
+    return policy
+
+
+def drawn(policy: Policy) -> list[Trajectory]:
+    return [sample(policy, ROWS, FIRST_SEED + batch) for batch in range(BATCHES)]
+
+
+@pytest.fixture(scope="module")
+def batches(policy: Policy) -> list[Trajectory]:
+    return drawn(policy)
+
+
+@pytest.fixture(scope="module")
+def truth(policy: Policy) -> Tensor:
+    """-∇J of the stochastic steps, J = q m - Q (m² + V) / 2."""
+    mean, covariance = law(policy)
+    value = 0.9 * mean.sum() - 1.3 * (mean.square().sum() + covariance.trace()) / 2
+    (gradient,) = torch.autograd.grad(-value, policy.parameters[WEIGHT])
+    return gradient.view_as(weight(policy))[:, :-1]
+
+
+def test_the_law_is_that_of_the_samples(policy: Policy):
+    mean, covariance = (part.item() for part in law(policy))
+    final = sample(policy, 100_000, seed=1).final.flatten()
+    assert final.mean().item() == pytest.approx(mean, abs=4 * covariance**0.5 / 300)
+    assert final.var().item() == pytest.approx(covariance, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "advantages"),
+    [
+        pytest.param(SCORE, lambda r: r, id="ddpo-sf"),
+        pytest.param(IMPORTANCE, lambda r: r - 0.5, id="ddpo-is"),
+        pytest.param(GRPO, grouped(lambda r, v: center(r, v) * GROUP / (GROUP - 1)), id="grpo-center"),
+        pytest.param(GRPO, grouped(loo), id="grpo-loo"),
+    ],
+)
+def test_the_gradient_has_no_bias(
+    policy: Policy,
+    batches: list[Trajectory],
+    truth: Tensor,
+    algorithm: Algorithm,
+    advantages: Callable[[Tensor], Tensor],
+):
+    gradients = batch_gradients(policy, loss_of(policy, algorithm, advantages, reward), batches)
+    assert off_by(gradients, truth) < 3
+
+
+@pytest.mark.parametrize(
+    "advantages",
+    [
+        pytest.param(lambda r: -grouped(loo)(r), id="sign flipped"),
+        pytest.param(grouped(center), id="own reward in the baseline, without G/(G-1)"),
+        pytest.param(lambda r: grouped(loo)(r).roll(1), id="another sample's advantage"),
+    ],
+)
+def test_the_detector_fires(
+    policy: Policy, batches: list[Trajectory], truth: Tensor, advantages: Callable[[Tensor], Tensor]
+):
+    gradients = batch_gradients(policy, loss_of(policy, GRPO, advantages, reward), batches[:20])
+    assert off_by(gradients, truth) > 6
+
+
+BETA = 0.7
+DIRECTION = torch.tensor([1.0, -0.5], dtype=torch.float64)
+
+
+@pytest.fixture(scope="module")
+def optimum() -> Policy:
+    """Linear reward: u_k = (c_k²/β) G_{k+1}ᵀ q (EXACT_TESTS 3.2), as constants of the residual velocity."""
+    policy = make_policy(dim=2)
+    gain, shifts = torch.eye(2).double(), list[Tensor]()
+    for k in reversed(range(3)):
+        step_gain, _, std = (part.detach() for part in affine(policy, k))
+        shifts.append(std.square() / BETA * gain.T @ DIRECTION)
+        gain = gain @ step_gain
+    for k, shift in enumerate(reversed(shifts)):
+        if k < 2:
+            with torch.no_grad():
+                before = affine(policy, k)[1]
+                weight(policy)[:, k, -1] = 1.0  # the mean is linear in the residual: one unit shows the slope
+                weight(policy)[:, k, -1] = shift / (affine(policy, k)[1] - before)
+    return policy
+
+
+@pytest.fixture(scope="module")
+def at_the_optimum(optimum: Policy) -> list[Trajectory]:
+    return drawn(optimum)[:20]
+
+
+def linear(y: Tensor) -> Tensor:
+    return y.flatten(1) @ DIRECTION
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_the_penalised_gradient_rests_at_the_optimum(optimum: Policy, reduction: str):
+    policy = at(optimum, reduction)
+    algorithm = grpo.Algorithm(grpo.Config(advantage="loo", kl_weight=BETA, **WIDE))
+    gradients = batch_gradients(policy, loss_of(policy, algorithm, grouped(loo), linear), drawn(policy))
+    assert off_by(gradients, 0.0) < 3
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param({"kl_form": "no_tau", "kl_weight": BETA}, id="divergence without tau"),
+        pytest.param({"kl_weight": 0.0}, id="no penalty"),
+        pytest.param({"kl_weight": 1.1 * BETA}, id="another weight"),
+    ],
+)
+def test_the_optimum_of_another_objective_is_elsewhere(
+    optimum: Policy, at_the_optimum: list[Trajectory], config: dict[str, Any]
+):
+    algorithm = grpo.Algorithm(grpo.Config(advantage="loo", **WIDE, **config))
+    gradients = batch_gradients(optimum, loss_of(optimum, algorithm, grouped(loo), linear), at_the_optimum)
+    assert off_by(gradients, 0.0) > 6
+
+
+def at(policy: Policy, reduction: str) -> Policy:
+    """The same weights under another reduction of the log-probs."""
+    other = make_policy(dim=2, logprob_reduction=reduction)
+    other.load("policy", policy.weights("policy"))
+    return other

@@ -1,0 +1,123 @@
+"""The learner on analytic data: what an update may and may not depend on."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlalign.workers.learner import Diverged, EmaConfig, Learner
+from tests.small import algorithm, rollout_config, sample, scored, workers
+
+
+def one_update(micro_batch: int = 8, name: str = "grpo", **more: Any) -> tuple[Learner, dict[str, float]]:
+    chosen = algorithm(name)
+    sampler, learner = workers(chosen, rollout_config(micro_batch=micro_batch), **more)
+    trajectories = sample(sampler)
+    return learner, learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
+
+
+def gradients(micro_batch: int, name: str) -> list[Tensor]:
+    """The gradient of a whole batch, caught on its way to the optimizer."""
+    chosen = algorithm(name)
+    sampler, learner = workers(chosen, rollout_config(micro_batch=micro_batch))
+    caught: list[Tensor] = []
+    learner.optimizer.step = lambda: caught.extend(p.grad.clone() for p in learner.policy.parameters.values())
+    trajectories = sample(sampler)
+    learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
+    return caught
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_the_scale_of_the_loss_does_not_depend_on_micro_batching(name: str) -> None:
+    whole, many, ragged = gradients(24, name), gradients(8, name), gradients(7, name)  # 7: a padded tail of 3 rows
+    for one, other, third in zip(whole, many, ragged, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, third, rtol=1e-4, atol=1e-6)
+
+
+def test_first_ratios_are_exactly_one_at_every_step() -> None:
+    chosen = algorithm("grpo", updates_per_step=2)
+    sampler, learner = workers(chosen, updates_per_step=2)
+    for step in range(4):
+        sampler.version = step
+        trajectories = sample(sampler, step)
+        metrics = learner.update(trajectories, chosen.advantages(scored(trajectories)), step)
+        assert metrics["ratio/max_abs_dev"] == 0.0
+        assert metrics["staleness"] == 0
+        assert metrics["clip_fraction"] > 0 or step == 0  # the second update is off-policy
+
+
+def test_updates_of_a_step_take_disjoint_groups() -> None:
+    chosen = algorithm()
+    sampler, learner = workers(chosen, updates_per_step=2)
+    trajectories = sample(sampler)
+    advantages = chosen.advantages(scored(trajectories))
+    advantages[2:] = 0  # the second update has no signal
+    seen: list[int] = []
+    original = learner.algorithm.losses
+    learner.algorithm.losses = lambda policy, sample, adv, noise: (  # type: ignore[method-assign]
+        seen.append(int((adv != 0).sum())),
+        original(policy, sample, adv, noise),
+    )[1]
+    learner.update(trajectories, advantages, 0)
+    assert learner.updates == 2
+    assert sum(seen) >= int((advantages != 0).sum())
+    assert seen[-1] == 0
+
+
+def test_rows_without_signal_go_unvisited_and_leave_no_gradient() -> None:
+    chosen = algorithm()
+    sampler, learner = workers(chosen, lr=1e-2)
+    trajectories = sample(sampler)
+    before = {key: p.detach().clone() for key, p in learner.policy.parameters.items()}
+    metrics = learner.update(trajectories, torch.zeros(4, 6), 0)
+    assert metrics["grad_norm"] == 0
+    for key, parameter in learner.policy.parameters.items():
+        assert torch.equal(parameter, before[key])
+
+
+def test_a_gradient_that_is_not_a_number_changes_nothing() -> None:
+    chosen = algorithm()
+    sampler, learner = workers(chosen)
+    trajectories = sample(sampler)
+    before = {key: p.detach().clone() for key, p in learner.policy.parameters.items()}
+    with pytest.raises(Diverged, match="were not changed"):
+        learner.update(trajectories, torch.full((4, 6), torch.nan), 0)
+    assert all(torch.equal(parameter, before[key]) for key, parameter in learner.policy.parameters.items())
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_a_restored_learner_goes_on_bit_for_bit(name: str) -> None:
+    def run(break_at: int | None) -> dict[str, Tensor]:
+        chosen = algorithm(name)
+        sampler, learner = workers(chosen, ema=EmaConfig(decay=0.9, every=2))
+        for step in range(4):
+            if step == break_at:
+                state = learner.state_dict()
+                sampler, learner = workers(chosen, ema=EmaConfig(decay=0.9, every=2))
+                learner.load_state_dict(state)
+            trajectories = sample(sampler, step)
+            learner.update(trajectories, chosen.advantages(scored(trajectories)), step)
+        return learner.state_dict().tensors
+
+    unbroken, broken = run(None), run(2)
+    assert unbroken.keys() == broken.keys()
+    assert any(name.startswith("ema/") for name in unbroken)
+    assert all(torch.equal(unbroken[key], broken[key]) for key in unbroken)
+
+
+def test_the_average_follows_the_policy_after_its_warm_up() -> None:
+    learner, _ = one_update(ema=EmaConfig(decay=0.9, every=1))
+    decay = 1 / 10  # min((1 + n) / (10 + n), 0.9) at n = 0
+    for key, parameter in learner.policy.parameters.items():
+        reference = learner.policy.copies["reference"][key]
+        torch.testing.assert_close(learner.policy.copies["ema"][key], decay * reference + (1 - decay) * parameter)
+
+
+def test_published_weights_are_copies() -> None:
+    learner, _ = one_update()
+    weights = learner.publish(1, ["policy"])
+    next(iter(learner.policy.parameters.values())).data.add_(1)
+    weights.verify()
+    assert weights.version == 1 and weights.count == len(learner.policy.parameters)
