@@ -126,7 +126,9 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.to.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        runs = [pool.submit(train, command, seed, arguments.to) for command in arguments.run for seed in arguments.seeds]
+        runs = [
+            pool.submit(train, command, seed, arguments.to) for command in arguments.run for seed in arguments.seeds
+        ]
         curves = [run.result() for run in runs]
     (arguments.to / "table.md").write_text(table(curves))
     plot(curves, arguments.to / "curves.png")

@@ -52,21 +52,22 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
     publish(parts, cfg, version=steps.start)
     pipeline = Pipeline(parts.samplers, parts.scorers, parts.prompts, cfg.rollout, cfg.seed, steps, cfg.max_staleness)
 
+    if steps:
+        judge(parts, cfg, recorder, steps.start)
     for step in steps:
-        judge(parts, cfg, recorder, step)
         batch = pipeline.take()
         scores = gather(parts.scorers, batch)
         require_valid_group(scores, step)
         advantages = parts.algorithm.advantages(scores)
         (metrics,) = parts.learners.get(parts.learners.scatter("update", [(batch.trajectories, advantages, step)]))
         publish(parts, cfg, version=step + 1)
-        pipeline.release()
         recorder.step(step, scores, metrics, timings(parts))
-        if step + 1 == cfg.steps:
-            judge(parts, cfg, recorder, step + 1)
-        recorder.commit(lambda: snapshot(parts), now=stop() or step + 1 == cfg.steps)
-        if stop() and step + 1 < cfg.steps:
+        judge(parts, cfg, recorder, step + 1)
+        last, stopping = step + 1 == cfg.steps, stop()
+        recorder.commit(lambda: snapshot(parts), now=last or stopping)
+        if stopping and not last:
             raise Stopped
+        pipeline.release()
 
 
 def publish(parts: Parts, cfg: LoopSettings, version: int) -> None:
@@ -83,15 +84,15 @@ def judge(parts: Parts, cfg: LoopSettings, recorder: Recorder, step: int) -> Non
     if cfg.evaluation.due(step, cfg.steps):
         started = time.perf_counter()
         result = evaluate(parts.samplers, parts.scorers, parts.heldout, cfg.evaluation, cfg.rollout)
-        timings(parts)  # what evaluation took belongs to no step's rollout
+        timings(parts)  # what evaluation took belongs to no step
         recorder.evaluation(step, result, time.perf_counter() - started)
 
 
 def timings(parts: Parts) -> dict[str, float]:
     """Seconds that the workers were busy since the last call; publishing is what the samplers spent on receiving."""
-    names = {"sample": "time/rollout_s", "score": "time/reward_s", "update": "time/update_s", "receive": "time/publish_s"}
+    names = {"sample": "rollout", "score": "reward", "update": "update", "receive": "publish"}
     busy = parts.samplers.timings() | parts.scorers.timings() | parts.learners.timings()
-    return {name: busy.get(method, 0.0) for method, name in names.items()}
+    return {f"time/{name}_s": busy.get(method, 0.0) for method, name in names.items()}
 
 
 def snapshot(parts: Parts) -> State:

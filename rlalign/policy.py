@@ -1,4 +1,4 @@
-"""A policy: a family's net, its weights under several names, and the transition kernel. Sampler and learner share it."""
+"""A policy: a family's net, its weights under several names, and the kernel; sampler and learner share it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +22,8 @@ from rlalign.settings import Settings
 from rlalign.types import Cond, Level, Schedule, Size, Trajectory
 
 Variant = Literal["policy", "old", "ema", "reference"]
-FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")  # Euler-Maruyama on x = (1 - sigma) x0 + sigma eps
+FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")
+"""Euler-Maruyama kernels, on the path x = (1 - sigma) x0 + sigma eps only."""
 
 
 class Window(Settings):
@@ -104,9 +105,11 @@ class Step:
 
 
 class Policy:
-    """Weights and kernel. ``policy`` is what the net holds; ``old`` and ``ema`` are copies; ``reference`` is the start."""
+    """``policy`` is what the net holds; ``old`` and ``ema`` are copies; ``reference`` is the start."""
 
-    def __init__(self, family: Family, settings: RolloutConfig, parameters: dict[str, nn.Parameter], lora: bool) -> None:
+    def __init__(
+        self, family: Family, settings: RolloutConfig, parameters: dict[str, nn.Parameter], lora: bool
+    ) -> None:
         self.family = family
         self.settings = settings
         self.size = Size(*settings.size)
@@ -161,7 +164,8 @@ class Policy:
         held = self.weights(name)
         if held.keys() != tensors.keys():
             missing, strange = sorted(held.keys() - tensors.keys()), sorted(tensors.keys() - held.keys())
-            raise ValueError(f"weights {name!r}: {len(missing)} missing {missing[:3]}, {len(strange)} strange {strange[:3]}")
+            counts = f"{len(missing)} missing {missing[:3]}, {len(strange)} strange {strange[:3]}"
+            raise ValueError(f"weights {name!r}: {counts}")
         for key, tensor in tensors.items():
             if held[key].shape != tensor.shape:
                 raise ValueError(f"weights {name!r}: {key} is {list(tensor.shape)}, not {list(held[key].shape)}")
@@ -169,7 +173,9 @@ class Policy:
 
     # --- one guided prediction, for everyone
 
-    def predict(self, x: Tensor, time: Tensor, level: Level, cond: Cond, uncond: Cond | None, scale: float) -> Prediction:
+    def predict(
+        self, x: Tensor, time: Tensor, level: Level, cond: Cond, uncond: Cond | None, scale: float
+    ) -> Prediction:
         """x [b, *L] at ``level``, time [b] -> the implied clean latent and noise, in x's dtype."""
         told = time.trunc() if self.settings.time_to_net == "int" else time
         output = self._guided(x.to(self.dtype), told, cond, uncond, scale).to(x.dtype)

@@ -7,7 +7,7 @@ Shape letters, used everywhere:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -196,7 +196,7 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, Tensor):
         return value.to(device)
     if isinstance(value, dict):
-        return {name: tensor.to(device) for name, tensor in value.items()}
+        return {name: tensor.to(device) for name, tensor in cast(Cond, value).items()}
     return value  # the schedule stays on the CPU; its levels move when they meet latents
 
 

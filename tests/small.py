@@ -36,7 +36,11 @@ def algorithm(name: str = "grpo", **changes: Any) -> Algorithm:
 
 
 def workers(
-    chosen: Algorithm, settings: RolloutConfig | None = None, lr: float = 1e-2, ema: EmaConfig | None = None, **more: Any
+    chosen: Algorithm,
+    settings: RolloutConfig | None = None,
+    lr: float = 1e-2,
+    ema: EmaConfig | None = None,
+    **more: Any,
 ) -> tuple[Sampler, Learner]:
     """A sampler and a learner that share one policy."""
     shared, noise = policy(settings), Noise(0)

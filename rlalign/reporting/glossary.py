@@ -42,6 +42,7 @@ METRICS: dict[str, str] = {
     "time/update_s": "Seconds the learner was computing losses and gradients.",
     "time/publish_s": "Seconds spent on handing new weights to the samplers.",
     "time/eval_s": "Seconds of held-out evaluation.",
+    "time/eval_final_s": "Seconds of the last held-out evaluation, of the finished weights.",
     "time/checkpoint_s": "Seconds of writing the checkpoint.",
     "runtime/<metric>": "About the machine, not about learning.",
 }

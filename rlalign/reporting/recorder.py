@@ -1,4 +1,4 @@
-"""The recorder: what the loop tells about a step becomes a row, pictures, alarms and checkpoints of the run directory."""
+"""The recorder: what the loop tells of a step becomes a row, pictures, alarms and checkpoints of the run directory."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -43,7 +43,7 @@ class Recorder:
     ) -> None:
         self.run, self.steps, self.config, self.watch, self.display = run, steps, config, watch, display
         self.metrics = MetricsLog(run.files.metrics, run.step, steps, sinks)
-        self.alarms = AlarmLog(run.files.alarms, run.step)
+        self.alarms = AlarmLog(run.files.alarms, run.step, steps)
         self.base = Base()
         self.scores: dict[int, float] = {}  # the metric that chooses the best checkpoint, by step
         self.evaluated: dict[str, float] = {}  # waits for the row that it belongs to
@@ -72,8 +72,9 @@ class Recorder:
         self._alarm(step, self.watch.evaluation(metrics))
         if step == self.steps:
             self.row |= {f"eval_final/{name}": value for name, value in metrics.items()}
+            self.row["time/eval_final_s"] = seconds
         self.evaluated = {f"eval/{name}": value for name, value in metrics.items()} | {"time/eval_s": seconds}
-        self.started = time.perf_counter()  # a step's seconds are those of training
+        self.started = time.perf_counter()  # the seconds of a step are those of training
 
     def step(self, step: int, scores: Scores, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
         """All that is known of a step but a final evaluation."""

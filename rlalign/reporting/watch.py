@@ -64,8 +64,8 @@ class Watch:
         if self.saturated != self.config.clip_steps:
             return {}
         return {
-            "clip_saturation": f"{share:.0%} of the ratios were clipped for {self.saturated} steps: most samples teach "
-            "nothing. Lower optimizer.lr or updates_per_step, or raise algorithm.clip_range"
+            "clip_saturation": f"{share:.0%} of the ratios were clipped for {self.saturated} steps: most samples "
+            "teach nothing. Lower optimizer.lr or updates_per_step, or raise algorithm.clip_range"
         }
 
     def _dead_signal(self, row: Mapping[str, float]) -> Alarms:
@@ -73,8 +73,8 @@ class Watch:
         if share <= self.config.zero_std_groups:
             return {}
         return {
-            "dead_signal": f"in {share:.0%} of the groups all samples scored the same, so they teach nothing. Use prompts "
-            "of mixed difficulty, more samples_per_prompt, or a finer reward"
+            "dead_signal": f"in {share:.0%} of the groups all samples scored the same, so they teach nothing. Use "
+            "prompts of mixed difficulty, more samples_per_prompt, or a finer reward"
         }
 
     def _swallowed(self, row: Mapping[str, float]) -> Alarms:
@@ -82,8 +82,8 @@ class Watch:
         if not 0 < rms < self.config.eps_factor * self.eps:
             return {}
         return {
-            "swallowed_gradient": f"the gradient's RMS {rms:.1e} is not well above optimizer.eps {self.eps:.0e}, so Adam "
-            "divides by eps and hardly moves. Lower optimizer.eps (1e-15)"
+            "swallowed_gradient": f"the gradient's RMS {rms:.1e} is not well above optimizer.eps {self.eps:.0e}, so "
+            "Adam divides by eps and hardly moves. Lower optimizer.eps (1e-15)"
         }
 
     def _divergence(self, row: Mapping[str, float]) -> Alarms:
@@ -92,16 +92,16 @@ class Watch:
         if usual is None or norm <= self.config.grad_norm_factor * usual:
             return {}
         return {
-            "divergence": f"the gradient norm {norm:.2e} is {norm / max(usual, 1e-30):.0f} times its median of the last "
-            f"steps. If it stays there, lower optimizer.lr and go back to an earlier checkpoint"
+            "divergence": f"the gradient norm {norm:.2e} is {norm / max(usual, 1e-30):.0f} times its median of the "
+            "last steps. If it stays there, lower optimizer.lr and go back to an earlier checkpoint"
         }
 
     def _collapse(self, metrics: Mapping[str, float]) -> Alarms:
         if metrics["diversity"] >= self.config.diversity:
             return {}
         return {
-            "collapse": f"held-out pictures of one prompt are {metrics['diversity']:.2f} times as far apart as the base "
-            "model's. Stop earlier, lower optimizer.lr, or weigh in a penalty to the reference (algorithm.kl_weight)"
+            "collapse": f"held-out pictures of one prompt are {metrics['diversity']:.2f} times as far apart as the "
+            "base model's. Stop earlier, lower optimizer.lr, or weigh in a penalty (algorithm.kl_weight)"
         }
 
     def _hacking(self, metrics: Mapping[str, float]) -> Alarms:

@@ -26,7 +26,8 @@ class LocalPool:
     def __init__(self, workers: Sequence[Any], threads: int) -> None:
         self.workers = list(workers)
         self.size = len(self.workers)
-        self.executors = [ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(threads,)) for _ in workers]
+        start = torch.set_num_threads
+        self.executors = [ThreadPoolExecutor(1, initializer=start, initargs=(threads,)) for _ in workers]
         self.turn = 0
         self.busy: dict[str, float] = defaultdict(float)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 
-class Ref(Protocol):
-    """A value that may still be on its way, wherever it lives. Calls take references and see the values."""
+Ref = Any
+"""A value that may still be on its way, wherever it lives. Calls take references and see the values."""
 
 
 class Pool(Protocol):

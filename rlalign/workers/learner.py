@@ -99,7 +99,9 @@ class Learner:
     ) -> None:
         for micro, weight in self._micro_batches(batch, rows, advantages):
             sample = batch.take(micro).to(self.policy.device)
-            for loss in self.algorithm.losses(self.policy, sample, advantages[micro].to(self.policy.device), self.noise):
+            for loss in self.algorithm.losses(
+                self.policy, sample, advantages[micro].to(self.policy.device), self.noise
+            ):
                 (loss.rows * weight).sum().div(len(rows)).backward()
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
         norm = self._apply_gradient()
@@ -121,7 +123,7 @@ class Learner:
         parameters = list(self.policy.parameters.values())
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
         if not math.isfinite(norm):
-            raise Diverged(f"the gradient norm of optimizer step {self.updates} is {norm}; the weights were not changed")
+            raise Diverged(f"the gradient norm of update {self.updates} is {norm}; the weights were not changed")
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.updates += 1

@@ -2,6 +2,7 @@
 
 import zlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ def _measure(variants: dict[str, dict[str, Tensor]]) -> tuple[int, int, int]:
     count = num_bytes = checksum = 0
     for variant in sorted(variants):
         for name, tensor in sorted(variants[variant].items()):
-            data = tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy()
+            data: Any = tensor.detach().cpu().contiguous().flatten().view(dtype=torch.uint8).numpy()
             checksum = zlib.crc32(data, zlib.crc32(f"{variant}/{name}".encode(), checksum))
             count, num_bytes = count + 1, num_bytes + data.nbytes
     return count, num_bytes, checksum

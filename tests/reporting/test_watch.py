@@ -1,6 +1,6 @@
 """Every alarm fires on an injected fault and stays silent on a healthy run."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 
@@ -20,7 +20,7 @@ def watch(heldout: tuple[str, ...] = ()) -> Watch:
     return Watch(WatchConfig(), clip_range=1e-4, eps=1e-15, heldout=heldout)
 
 
-def last(rows: list[Mapping[str, float]], one: Watch) -> set[str]:
+def last(rows: Sequence[Mapping[str, float]], one: Watch) -> set[str]:
     return set([one.step(row) for row in rows][-1])
 
 
