@@ -3,14 +3,14 @@
     python benchmarks/overhead.py            # a table
     python benchmarks/overhead.py --json     # one line
 
-Workload: 8 prompts x 4 images, 10 steps of Flow-SDE, guidance 4.5, LoRA of rank 8 on the attention of a small Stable
-Diffusion 3 transformer (4 layers x 4 heads x 32), latents 16x16x16, 77 text tokens, 5 of 10 steps trained, two optimizer
-steps, 1 thread. rlalign runs its own Sampler and Learner with GRPO.
+Workload: 8 prompts x 4 images, 10 steps, guidance 4.5, LoRA of rank 8 on the attention of a small Stable Diffusion 3
+transformer (4 layers x 4 heads x 32), latents 16x16x16, 77 text tokens, 5 of 10 steps stochastic (Flow-SDE, a window)
+and trained, two optimizer steps, 1 thread. rlalign runs its own Sampler and Learner, with GRPO.
 
 The floor is the same network object with its LoRA attached: the same evaluations on ready inputs without gradient
 (rollout), and with a backward pass that reaches the LoRA alone (update). No scheduler, noise, log-probs, loss or
-optimizer. Text encoding and decoding are outside on both sides. Rows of one pass are the same on both sides: of a few
-sizes, the one with the fastest floor. Every round measures all sides one after the other; numbers are medians of rounds.
+optimizer. Encoding of text and decoding are left out on both sides. Both sides pass the same number of rows: of a few,
+the one with the fastest floor. Every round measures all sides one after the other; the numbers are medians of rounds.
 """
 
 import argparse
@@ -36,14 +36,15 @@ from rlalign.models.base import PredictionType, classifier_free_guidance
 from rlalign.models.lora import LoraConfig, attach
 from rlalign.models.sd3 import Family as SD3
 from rlalign.pipeline import split
-from rlalign.policy import Policy, RolloutConfig
+from rlalign.policy import Policy, RolloutConfig, Window
 from rlalign.types import Cond, Prompt, Schedule, Size, Trajectory
 from rlalign.workers.learner import Learner, OptimizerConfig
 from rlalign.workers.sampler import Sampler
 
+SIDES = ("floor", "rlalign", "detached")
 TEXT_WIDTH = 64
 PROMPTS = [Prompt(f"prompt {number}") for number in range(8)]
-SAMPLES, UPDATES, TRAINED = 4, 2, 5
+SAMPLES, UPDATES = 4, 2
 NUM_ROWS = len(PROMPTS) * SAMPLES
 
 
@@ -60,8 +61,8 @@ class Workload:
     steps: int = 10
 
     @property
-    def window(self) -> dict[str, object]:
-        return {"size": min(TRAINED, self.steps // 2), "range": (0, self.steps - 1)}
+    def trained(self) -> int:
+        return self.steps // 2
 
 
 class Family:
@@ -116,8 +117,7 @@ class Floor:
 
     def __init__(self, family: Family, parameters: Sequence[nn.Parameter], rows: int) -> None:
         self.net, self.parameters, self.steps = family.net, parameters, family.work.steps
-        self.trained = int(str(family.work.window["size"]))
-        self.passes = NUM_ROWS // rows
+        self.trained, self.passes = family.work.trained, NUM_ROWS // rows
         self.x = torch.randn(2 * rows, *family.latent_shape(Size(1, 1)))
         self.cond, self.time = family._text(2 * rows), torch.full((2 * rows,), 500.0)
 
@@ -149,7 +149,7 @@ class Ours:
             num_steps=family.work.steps,
             guidance_scale=4.5,
             size=(1, 1),
-            window=family.work.window,  # pyright: ignore[reportArgumentType]
+            window=Window(size=family.work.trained, range=(0, family.work.steps - 1)),
             uncond_grad=uncond_grad,
             micro_batch=rows,
         )
@@ -221,18 +221,15 @@ def total(seconds: dict[str, float], side: str) -> float:
 def table(result: dict[str, float]) -> str:
     lines = [f"{'CPU seconds':28}{'floor':>9}{'rlalign':>9}{'ratio':>8}{'detached':>10}{'ratio':>8}"]
     for part in ("rollout", "update"):
-        numbers = [result[f"{side}_{part}_s"] for side in ("floor", "rlalign", "detached")]
+        numbers = [result[f"{side}_{part}_s"] for side in SIDES]
         lines.append(_line(part, numbers, result[f"{part}_over_floor"], result[f"detached_{part}_over_floor"]))
-    numbers = [sum(result[f"{side}_{part}_s"] for part in ("rollout", "update")) for side in _SIDES]
+    numbers = [sum(result[f"{side}_{part}_s"] for part in ("rollout", "update")) for side in SIDES]
     lines.append(_line("total", numbers, result["total_over_floor"], result["detached_total_over_floor"]))
     rates = [result[f"{prefix}images_per_cpu_s"] for prefix in ("floor_", "", "detached_")]
     lines.append("{:28}{:9.2f}{:9.2f}{:8}{:10.2f}".format("images per CPU second", rates[0], rates[1], "", rates[2]))
     lines.append(f"{int(result['rows_per_pass'])} rows a pass (doubled by guidance), median of {int(result['rounds'])}")
     lines.append("detached: no gradient through the unconditional half (rollout.uncond_grad: false)")
     return "\n".join(lines)
-
-
-_SIDES = ("floor", "rlalign", "detached")
 
 
 def _line(part: str, numbers: list[float], ratio: float, detached: float) -> str:

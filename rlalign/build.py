@@ -4,7 +4,7 @@ from copy import deepcopy
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlalign import plugins
 from rlalign.algorithms.base import Algorithm
@@ -68,14 +68,20 @@ def load_policy(config: RunConfig) -> Policy:
     """The model with what trains attached, as it is before the first update."""
     family = load_family(config)
     names = config.model.train or [next(iter(family.nets))]
-    if config.model.lora:
-        parameters = lora.attach(family.nets, names, config.model.lora, family.lora_targets, config.seed)
-    else:
-        parameters = lora.full(family.nets, names)
+    parameters = _trainable(config, family, names)
     try:
         return Policy(family, config.rollout, parameters, lora=config.model.lora is not None)
     except ValueError as error:
         raise ValueError(f"rollout: {error}") from error
+
+
+def _trainable(config: RunConfig, family: Family, names: list[str]) -> dict[str, nn.Parameter]:
+    if config.model.lora is None:
+        return lora.full(family.nets, names)
+    try:
+        return lora.attach(family.nets, names, config.model.lora, family.lora_targets, config.seed)
+    except ValueError as error:  # peft's own: no layer is called like that
+        raise ValueError(f"model.lora: {error}") from error
 
 
 def load_family(config: RunConfig) -> Family:

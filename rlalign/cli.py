@@ -200,6 +200,7 @@ def run(arguments: Sequence[str]) -> int:
 def main() -> NoReturn:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading bars would break up our own
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings about what it falls back to say nothing of ours
     log = logging.getLogger("rlalign")
     log.addHandler(Warnings())
     log.propagate = False

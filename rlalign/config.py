@@ -7,6 +7,7 @@ Relative paths in a run file count from the file's folder, those in an override 
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
@@ -24,6 +25,7 @@ from rlalign.policy import RolloutConfig
 from rlalign.reporting.sinks import ReportingConfig
 from rlalign.runfile import Override, Tree, merged, without
 from rlalign.scoring import RewardConfig
+from rlalign.scoring.config import is_url
 from rlalign.settings import Settings
 from rlalign.workers.learner import EmaConfig, OptimizerConfig
 
@@ -121,8 +123,10 @@ class RunConfig(Settings):
         return self.model_dump(mode="json")
 
     def hashed(self) -> Tree:
-        """What decides the numbers: of the prompt files what stands in them, and not where they lie."""
+        """What decides the numbers. A file counts for what it is and not for where it lies, so that runs can be moved."""
         part = hashed_part(self.tree())
+        for number, reward in enumerate(self.rewards):
+            part[f"rewards.{number}.use"] = reward.use if is_url(reward.use) else reward.use.rpartition("/")[2]
         for name, path in (("train", self.prompts.train), ("heldout", self.prompts.heldout)):
             part[f"prompts.{name}"] = _digest(path)
         return part
@@ -171,11 +175,12 @@ def resolve(tree: Mapping[str, Any], folder: Path, name: str, overrides: Sequenc
     """The config that a run file's tree, found in ``folder``, means; ``name`` stands in messages."""
     own = _anchored(_spelled_out(tree), folder)
     given = [one for keys, value in overrides for one in _own_overrides(keys, value)]
-    layered, algorithm = _with_overlay(own, given)
+    own, brought, algorithm = _chosen(own, given)
+    layered = merged(brought, own)
     for override in given:
         if override[0] != ALGORITHM_NAME:
             runfile.put(layered, override)
-    return _validated(layered, algorithm, Source(name, given))
+    return _validated(layered, algorithm, Source(name, own, brought, given))
 
 
 def _validated(tree: Tree, algorithm: ModuleType, source: "Source") -> RunConfig:
@@ -191,6 +196,7 @@ def _validated(tree: Tree, algorithm: ModuleType, source: "Source") -> RunConfig
     return config
 
 
+@cache
 def config_class(family: ModuleType, algorithm: ModuleType) -> type[RunConfig]:
     """RunConfig with the blocks of this family and this algorithm in it."""
     model = create_model("ModelConfig", __base__=(family.Config, ModelConfig), __doc__=ModelConfig.__doc__)
@@ -220,8 +226,8 @@ def _plugin(kind: plugins.Kind, name: str, part: str, source: str) -> ModuleType
 # --- what an algorithm brings along
 
 
-def _with_overlay(own: Tree, overrides: Sequence[Override]) -> tuple[Tree, ModuleType]:
-    """The run file's tree over the chosen algorithm's overlay, and that algorithm's module.
+def _chosen(own: Tree, overrides: Sequence[Override]) -> tuple[Tree, Tree, ModuleType]:
+    """What of the run file's tree holds, what the chosen algorithm brings along, and its module.
 
     Another algorithm than the file's brings its own settings: what the file says for its own algorithm is dropped.
     """
@@ -231,11 +237,9 @@ def _with_overlay(own: Tree, overrides: Sequence[Override]) -> tuple[Tree, Modul
     in_file = block.get("name", DEFAULT_ALGORITHM)
     chosen = next((value for keys, value in reversed(overrides) if keys == ALGORITHM_NAME), in_file)
     if chosen != in_file:
-        own = without(own, {**overlay(in_file)[0], "algorithm": None})
+        own, block = without(own, {**overlay(in_file)[0], "algorithm": None}), {}
     brought, module = overlay(chosen)
-    tree = merged(brought, own)
-    tree["algorithm"] = {**tree.get("algorithm", {}), "name": _short_name(chosen)}
-    return tree, module
+    return {**own, "algorithm": {**block, "name": _short_name(chosen)}}, brought, module
 
 
 def _short_name(chosen: str) -> str:
@@ -290,6 +294,8 @@ def _own_overrides(keys: tuple[str, ...], value: Any) -> list[Override]:
     """A block given whole is spelled out, and paths count from the working directory."""
     if len(keys) == 1:
         value = _block(keys[0], value)
+    if keys[0] == "rewards" and len(keys) == 2 and isinstance(value, str):
+        value = {"use": value}
     if keys in (("algorithm",), ("runtime",)) and isinstance(value, dict):
         return [one for key, inner in value.items() for one in _own_overrides((*keys, key), inner)]
     holder: Tree = {}
@@ -360,11 +366,21 @@ def _zoo(name: str) -> Path:
 class Source:
     """Names where the value at a place of the run file comes from."""
 
-    def __init__(self, name: str, overrides: Sequence[Override]) -> None:
-        self.name = name
+    def __init__(self, name: str, own: Tree, brought: Tree, overrides: Sequence[Override]) -> None:
+        self.name, self.own, self.brought = name, own, brought
         self.overridden = [".".join(keys) for keys, _ in overrides]
 
     def __call__(self, place: Place) -> str:
         key = dotted(place)
-        ours = any(f"{key}.".startswith(f"{one}.") for one in self.overridden)
-        return COMMAND_LINE if ours else self.name
+        if any(f"{key}.".startswith(f"{one}.") for one in self.overridden):
+            return COMMAND_LINE
+        return "set by the algorithm" if _holds(self.brought, place) and not _holds(self.own, place) else self.name
+
+
+def _holds(tree: Any, place: Place) -> bool:
+    if not place:
+        return True
+    first, *rest = place
+    inside = isinstance(tree, dict) and first in tree
+    inside = inside or (isinstance(tree, list) and isinstance(first, int) and first < len(tree))
+    return inside and _holds(tree[first], tuple(rest))

@@ -1,5 +1,6 @@
 """sample: pictures from a run, from a run file's model, or from a model folder."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from rlalign.types import Prompt, Unit
 from rlalign.workers.sampler import Sampler
 
 SHOWN_PROMPTS = 8  # from the held-out file, when no prompt is given
+NO_PROMPTS = "none.txt"
+NO_T5 = {"text_encoder_3": False, "max_sequence_length": 0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,9 @@ class Wish:
 def sample(wish: Wish) -> int:
     with in_preparation():
         config = _config(wish)
+        prompts = _prompts(config, wish)
         model = trained(Path(wish.target), config, wish.weights) if _is_trained(wish.target) else None
         policy = model.policy if model else load_policy(config)
-        prompts = _prompts(config, wish)
         unit = Unit(0, tuple(range(len(prompts))), prompts, wish.num, purpose="sample")
         plan = config.evaluation.rollout(config.rollout)
         sampler = Sampler(policy, Noise(wish.seed), "policy", keep_steps=False, shares=True)
@@ -86,20 +89,28 @@ def _is_model(target: str) -> bool:
 
 
 def _config_of_model(path: str, overrides: Sequence[str]) -> RunConfig:
-    """A bare model: the blocks that training would need are there in form only."""
+    """A bare model in the diffusers layout: the blocks that training would need are there in form only."""
+    folder = Path(configs.model_path(configs.ModelConfig(family="sd3", path=path)))
+    side = _json(folder / "transformer/config.json").get("sample_size", 64)
+    stages = len(_json(folder / "vae/config.json").get("block_out_channels", [0] * 4))
+    has_t5 = _json(folder / "model_index.json").get("text_encoder_3", [None, None])[0] is not None
     tree: dict[str, Any] = {
-        "model": {"family": "sd3", "path": path},
-        "prompts": {"train": "none.txt", "heldout": "none.txt"},
-        "rollout": {"size": [512, 512]},
+        "model": {"family": "sd3", "path": path, **({} if has_t5 else NO_T5)},
+        "prompts": {"train": NO_PROMPTS, "heldout": NO_PROMPTS},
+        "rollout": {"size": [side * 2 ** (stages - 1)] * 2},
         "rewards": ["none"],
     }
     return configs.resolve(tree, Path(), path, runfile.parse(overrides))
 
 
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_bytes()) if path.is_file() else {}
+
+
 def _prompts(config: RunConfig, wish: Wish) -> tuple[Prompt, ...]:
     if wish.prompts:
         return tuple(Prompt(text) for text in wish.prompts)
-    if config.prompts.heldout.name == "none.txt":
+    if config.prompts.heldout.name == NO_PROMPTS:
         raise ValueError("a model folder brings no prompts; give one or more with --prompt TEXT")
     return PromptSet.read(config.prompts.heldout).first(SHOWN_PROMPTS)
 

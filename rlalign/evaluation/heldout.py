@@ -13,7 +13,7 @@ from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet
 from rlalign.runtime.pool import Pool
 from rlalign.settings import Settings
-from rlalign.types import Scores
+from rlalign.types import Scores, Unit
 
 GRID_PROMPTS = 8
 
@@ -48,7 +48,7 @@ class EvaluationConfig(Settings):
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     metrics: dict[str, float]  # under their names without the eval/ in front
-    pictures: Tensor  # [prompts, G, (F,) 3, H, W] uint8: the first few groups
+    pictures: Tensor  # [prompts, G, (F,) 3, H, W] uint8: a few groups, the same ones as were judged
     captions: list[str]
 
 
@@ -63,9 +63,16 @@ def evaluate(
     roles = ("train", "monitor", "heldout")
     scored = [scorers.submit("score", image, unit, roles) for unit, image in zip(units, images, strict=True)]
     scores = Scores.concat(scorers.get(scored))
-    shown = [pictures for pictures in samplers.get(images[:GRID_PROMPTS])]
-    grid = torch.cat([group.unflatten(0, (-1, samples)) for group in shown])[:GRID_PROMPTS]
-    return Evaluation(summary(scores), grid, [prompt.text for prompt in chosen[:GRID_PROMPTS]])
+    shown = spread(len(chosen), GRID_PROMPTS)
+    unit = Unit(0, shown, tuple(chosen[group] for group in shown), samples, "evaluation")
+    (pictures,) = samplers.get([samplers.submit("sample", unit, plan, settings.weights, returns=2)[1]])
+    return Evaluation(summary(scores), pictures.unflatten(0, (-1, samples)), [prompt.text for prompt in unit.prompts])
+
+
+def spread(number: int, wanted: int) -> tuple[int, ...]:
+    """At most ``wanted`` of the places 0..number-1, evenly: files are often sorted by task."""
+    count = min(number, wanted)
+    return tuple(number * i // count for i in range(count))
 
 
 def summary(scores: Scores) -> dict[str, float]:
