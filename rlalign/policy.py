@@ -169,6 +169,7 @@ class Policy:
         for key, tensor in tensors.items():
             if held[key].shape != tensor.shape:
                 raise ValueError(f"weights {name!r}: {key} is {list(tensor.shape)}, not {list(held[key].shape)}")
+        for key, tensor in tensors.items():  # only now: all of them or none
             held[key].copy_(tensor)
 
     # --- one guided prediction, for everyone

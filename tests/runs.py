@@ -58,6 +58,11 @@ def run_file(folder: Path) -> Path:
     return path
 
 
+def without_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs leave no report.html and no pictures side by side, which take a second; one test has them."""
+    monkeypatch.setattr("rlalign.commands.train.write_pages", lambda folder: None)
+
+
 @dataclass(frozen=True, slots=True)
 class Done:
     """What a command left on the screen."""

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -13,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from rlalign import checkpoint
-from tests.runs import RUN, Done, call, run_file
+from rlalign import checkpoint, cli
+from tests.runs import RUN, Done, call, run_file, without_pages
 
 Words = tuple[str, ...]
 
@@ -157,8 +158,8 @@ def check(done: Done, words: Words) -> None:
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     run_file(tmp_path)
+    without_pages(monkeypatch)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return tmp_path
 
 
@@ -200,10 +201,19 @@ def test_a_failing_reward_that_may_be_dropped(capsys: pytest.CaptureFixture[str]
 # --- runs that exist
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, to be copied."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        without_pages(patch)
+        assert cli.run(["train", str(run_file(folder)), "--run-dir", str(folder / "run")]) == 0
+    return folder / "run"
+
+
 @pytest.fixture
-def started(here: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    assert call(capsys, "train", "run.yaml").code == 0
-    return here / "runs" / "run"
+def started(here: Path, finished: Path) -> Path:
+    return shutil.copytree(finished, here / "runs" / "run")
 
 
 def damaged(path: Path, content: bytes = b"{") -> None:

@@ -75,13 +75,13 @@ def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run
         done = current.info.step
         current.mark("interrupted", done)
         print(f"stopped after step {done} of {config.steps}; to go on: rlalign resume {folder}", flush=True)
-        _write_pages(folder)
+        write_pages(folder)
         return EXIT_CODES[asked.signal or signal.SIGINT]
     except BaseException:
         current.mark("failed", current.info.step)
         raise
     current.mark("finished", config.steps)
-    _write_pages(folder)
+    write_pages(folder)
     _say_results(folder)
     return 0
 
@@ -170,7 +170,8 @@ def _close(parts: Parts) -> None:
         pool.close()
 
 
-def _write_pages(folder: Path) -> None:
+def write_pages(folder: Path) -> None:
+    """What a person looks at after a run."""
     before_after(RunDir(folder).samples)
     write_report(folder)
 

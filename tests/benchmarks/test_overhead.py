@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlalign.models.lora import LoraConfig, attach
 from rlalign.plugins import module_from_file
 
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,24 @@ def test_json_is_one_line_of_consistent_numbers(capsys: pytest.CaptureFixture[st
     assert result["total_over_floor"] == pytest.approx(total / floor)
     assert result["images_per_cpu_s"] == pytest.approx(32 / total)
     assert result["detached_total_over_floor"] > 0
+
+
+def test_both_sides_evaluate_the_same_rows():
+    """With and without gradient; counted at the network."""
+    benchmark = module_from_file(ROOT / "benchmarks" / "overhead.py")
+    work = benchmark.Workload(layers=1, heads=2, head_dim=8, channels=4, side=4, tokens=4, steps=4)
+    family = benchmark.Family(work)
+    parameters = attach(family.nets, ["transformer"], LoraConfig(rank=2), family.lora_targets, seed=0)
+    sides = (benchmark.Floor(family, list(parameters.values()), 8), benchmark.Ours(family, parameters, 8))
+    seen: list[tuple[int, bool]] = []
+    family.net.proj_out.register_forward_hook(lambda _, __, output: seen.append((len(output), output.requires_grad)))
+    counts = []
+    for side in sides:
+        seen.clear()
+        side.rollout()
+        side.update()
+        counts.append(sorted(seen))
+    assert counts[0] == counts[1] == [(16, False)] * 16 + [(16, True)] * 8
 
 
 def test_table_chooses_rows_itself(capsys: pytest.CaptureFixture[str]):
