@@ -15,10 +15,11 @@ from pydantic_core import PydanticUndefined
 
 from rlalign.algorithms import ddpo, grpo, nft
 from rlalign.checkpoint import CheckpointConfig
-from rlalign.config import DEFAULT_ALGORITHM, ModelConfig, PromptsConfig, RunConfig, RuntimeConfig
+from rlalign.config import ModelConfig, PromptsConfig, RunConfig, RuntimeConfig
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
 from rlalign.models.lora import LoraConfig
+from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
 from rlalign.reporting.glossary import METRICS
 from rlalign.reporting.sinks import ReportingConfig

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from rlalign import plugins
 from rlalign.algorithms.base import Algorithm
-from rlalign.config import RunConfig, model_path
+from rlalign.config import RunConfig
 from rlalign.loop import LoopSettings, Parts
 from rlalign.mdp.noise import Noise
 from rlalign.models import lora
 from rlalign.models.base import Family, torch_dtype
+from rlalign.paths import model_path
 from rlalign.policy import Policy, Variant
 from rlalign.prompts import PromptSet
 from rlalign.runtime.local import LocalPool
@@ -85,8 +86,9 @@ def _trainable(config: RunConfig, family: Family, names: list[str]) -> dict[str,
 
 
 def load_family(config: RunConfig) -> Family:
-    module = plugins.load("model", config.model.family)
-    return module.Family.load(config.model, model_path(config.model), torch_dtype(config.model.dtype), device_of(config))
+    """The untrained model, where it is to run."""
+    module, dtype = plugins.load("model", config.model.family), torch_dtype(config.model.dtype)
+    return module.Family.load(config.model, model_path(config.model.path), dtype, device_of(config))
 
 
 def device_of(config: RunConfig) -> torch.device:
@@ -102,12 +104,9 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def make_samplers(config: RunConfig, policy: Policy, algorithm: Algorithm) -> list[Sampler]:
-    """One sampler may use the learner's own net, as long as nothing moves it while the learner looks.
-
-    Sampling under other weights than the policy's swaps them in, while a checkpoint may be reading them.
-    """
+    """A single sampler that works only while the learner waits uses the learner's own net."""
     runtime, keep = config.runtime, algorithm.needs.trajectory
-    shares = runtime.samplers == 1 and runtime.max_staleness == 0 and algorithm.sample_with == "policy"
+    shares = runtime.samplers == 1 and runtime.max_staleness == 0
     policies = [policy] if shares else [twin(policy) for _ in range(runtime.samplers)]
     return [Sampler(own, Noise(config.seed), algorithm.sample_with, keep, shares) for own in policies]
 

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from rlalign.config import RunConfig
 from rlalign.prompts import PromptSet
 from rlalign.scoring import check_rewards
+
+if TYPE_CHECKING:
+    from rlalign.config import RunConfig  # which calls this file
 
 NEEDS_NO_LEVEL = ("memoryless", "flash_sde", "ddpm")  # kernels that bring their own noise
 LR_LORA, LR_FULL = (1e-5, 3e-3), (1e-7, 1e-4)
@@ -13,13 +16,13 @@ SMALL_GROUP = 8
 LARGE_EPS = 1e-9
 
 
-def refuse(config: RunConfig) -> None:
+def refuse(config: "RunConfig") -> None:
     """ValueError, one sentence that says what to change, for the first setting that cannot work."""
     for problem in _problems(config):
         raise ValueError(problem)
 
 
-def _problems(config: RunConfig) -> Iterator[str]:
+def _problems(config: "RunConfig") -> Iterator[str]:
     rollout, evaluation = config.rollout, config.evaluation
     needs = config.algorithm_module.Algorithm(config.algorithm).needs
     if config.runtime.kind == "ray":
@@ -36,7 +39,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
     if needs.trajectory:
         yield from _no_noise(config)
     if evaluation.weights == "ema" and config.ema is None:
-        yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9, every: 8} or evaluation.weights=policy"
+        yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9} or evaluation.weights=policy"
     if evaluation.weights == "old" and not needs.old:
         yield "evaluation.weights is old, but this algorithm keeps no old policy; set evaluation.weights=policy"
     if evaluation.num_images % evaluation.samples_per_prompt:
@@ -47,7 +50,7 @@ def _problems(config: RunConfig) -> Iterator[str]:
         )
 
 
-def _no_noise(config: RunConfig) -> Iterator[str]:
+def _no_noise(config: "RunConfig") -> Iterator[str]:
     """A trajectory algorithm learns from stochastic steps."""
     rollout = config.rollout
     if rollout.num_steps == 1:
@@ -59,12 +62,12 @@ def _no_noise(config: RunConfig) -> Iterator[str]:
         )
 
 
-def warnings(config: RunConfig) -> list[str]:
+def warnings(config: "RunConfig") -> list[str]:
     """One sentence for each setting that works but is probably not meant."""
     return [*_doubts(config)]
 
 
-def _doubts(config: RunConfig) -> Iterator[str]:
+def _doubts(config: "RunConfig") -> Iterator[str]:
     rollout = config.rollout
     low, high = LR_LORA if config.model.lora else LR_FULL
     if not low <= config.optimizer.lr <= high:
@@ -74,20 +77,21 @@ def _doubts(config: RunConfig) -> Iterator[str]:
         yield f"groups of {rollout.samples_per_prompt} give noisy advantages; {SMALL_GROUP} or more are usual"
     images = rollout.prompts_per_step * rollout.samples_per_prompt
     if rollout.micro_batch > images:
-        yield f"rollout.micro_batch {rollout.micro_batch} is more than the {images} images of a step; the rest is padding"
+        yield f"rollout.micro_batch {rollout.micro_batch} exceeds the {images} images of a step; the rest is padding"
     trajectory = config.algorithm_module.Algorithm(config.algorithm).needs.trajectory
     if trajectory and rollout.logprob_reduction == "mean" and config.optimizer.eps > LARGE_EPS:
         yield f"optimizer.eps {config.optimizer.eps:g} can swallow the tiny gradients of mean log-probs; 1e-15 is safe"
     yield from _prompt_doubts(config)
 
 
-def _prompt_doubts(config: RunConfig) -> Iterator[str]:
+def _prompt_doubts(config: "RunConfig") -> Iterator[str]:
     if _same(config.prompts.train, config.prompts.heldout):
         yield "prompts.heldout is the training file, so evaluation cannot show whether anything generalises"
         return
     train, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
-    if len(train.prompts) < config.rollout.prompts_per_step:
-        yield f"prompts.train has {len(train.prompts)} prompts, so a step of {config.rollout.prompts_per_step} repeats some"
+    wanted = config.rollout.prompts_per_step
+    if len(train.prompts) < wanted:
+        yield f"prompts.train has {len(train.prompts)} prompts, so a step of {wanted} repeats some"
     shared = {prompt.text for prompt in train.prompts} & {prompt.text for prompt in heldout.prompts}
     if shared:
         yield f"{len(shared)} prompts stand in both prompts.train and prompts.heldout, {min(shared)!r} for one"

@@ -19,7 +19,11 @@ from rlalign import __version__
 from rlalign.commands.problems import BadInput
 
 Weights = Literal["policy", "ema"]
-UsageError = typer.BadParameter.__mro__[2]  # click's exception for wrong arguments; typer brings its own click or imports it
+# What click raises for wrong arguments: an ancestor of BadParameter, since newer typers bring a click of their own.
+UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+QUIET = {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TQDM_DISABLE": "1", "DIFFUSERS_VERBOSITY": "error"}
+"""For libraries that would draw loading bars into ours, or tell what they fall back to."""
 
 app = typer.Typer(
     name="rlalign",
@@ -40,13 +44,13 @@ RunFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped rec
 Target = Annotated[str, typer.Argument(metavar="DIR|NAME|FILE", help="A run's folder, a recipe or a run file.")]
 RunFolder = Annotated[Path, typer.Argument(metavar="DIR", help="A run's folder, such as runs/quickstart.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings that replace the file's, as in optimizer.lr=1e-4.")
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to replace, as in optimizer.lr=1e-4.")
 ]
 WhichWeights = Annotated[Weights | None, typer.Option(help="Unless given: ema where the run keeps one, else policy.")]
 Steps = Annotated[int | None, typer.Option(help="The same as steps=N.")]
 
 
-@app.command(epilog="Examples: rlalign train quickstart  |  rlalign train my.yaml algorithm=nft optimizer.lr=3e-4 --seed 1")
+@app.command(epilog="Examples: rlalign train quickstart  |  rlalign train my.yaml algorithm=nft optimizer.lr=3e-4")
 def train(
     run_file: RunFile,
     overrides: Overrides = None,
@@ -62,7 +66,7 @@ def train(
 
 
 @app.command(epilog="Example: rlalign resume runs/quickstart")
-def resume(run: RunFolder, steps: Annotated[int | None, typer.Option(help="Prolong the run to so many.")] = None) -> int:
+def resume(run: RunFolder, steps: Annotated[int | None, typer.Option(help="Prolong it to so many.")] = None) -> int:
     """Go on with a run from its last checkpoint; needs nothing but its folder."""
     from rlalign.commands.train import resume
 
@@ -89,15 +93,15 @@ def doctor() -> int:
     return doctor()
 
 
-@app.command(epilog='Examples: rlalign sample runs/quickstart  |  rlalign sample quickstart --prompt "a red circle" --num 8')
+@app.command(epilog='Examples: rlalign sample runs/quickstart  |  rlalign sample zoo:scenes --prompt "a red circle"')
 def sample(
-    of: Annotated[str, typer.Argument(metavar="DIR|NAME|FILE|MODEL", help="A run, a run file, or a model such as zoo:scenes.")],
+    of: Annotated[str, typer.Argument(metavar="DIR|NAME|FILE|MODEL", help="A run, a run file, or say zoo:scenes.")],
     overrides: Overrides = None,
     prompt: Annotated[list[str] | None, typer.Option(help="Repeat for more; unless given, held-out prompts.")] = None,
     num: Annotated[int, typer.Option(min=1, help="Pictures of each prompt.")] = 4,
     seed: Annotated[int, typer.Option(min=0, help="Of the initial noise.")] = 0,
-    steps: Annotated[int | None, typer.Option(help="Denoising steps; the run's evaluation.num_steps unless given.")] = None,
-    guidance: Annotated[float | None, typer.Option(help="Guidance scale; the run's evaluation.guidance_scale.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps; as in the run's evaluation.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="Guidance scale; as in the run's evaluation.")] = None,
     weights: WhichWeights = None,
     latents: Annotated[Path | None, typer.Option(help="Initial latents to start from: safetensors, `latents`.")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="Write the initial latents to this file.")] = None,
@@ -198,9 +202,9 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def main() -> NoReturn:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # loading bars would break up our own
-    os.environ.setdefault("TQDM_DISABLE", "1")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")  # its warnings about what it falls back to say nothing of ours
+    """The entry point of the `rlalign` command."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     log = logging.getLogger("rlalign")
     log.addHandler(Warnings())
     log.propagate = False
@@ -209,7 +213,7 @@ def main() -> NoReturn:
 
 
 class Warnings(logging.Handler):
-    """Log records as plain lines on whatever standard error is at that moment: a progress bar may stand in its place."""
+    """Log records as plain lines on what standard error is at that moment: a progress bar may have replaced it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(f"{record.levelname.lower()}: {record.getMessage()}", file=sys.stderr)

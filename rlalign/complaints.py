@@ -3,13 +3,16 @@
 import json
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from rlalign.plugins import did_you_mean
+from rlalign.runfile import Override, Tree
+
+COMMAND_LINE = "command line"
 
 Place = tuple[str | int, ...]  # ("rewards", 0, "weight")
 
@@ -23,7 +26,28 @@ KINDS = {
 }
 
 
-def complaint(error: ValidationError, config: type[BaseModel], source: Callable[[Place], str]) -> str:
+class Source:
+    """Names where the value at a place of the run file comes from."""
+
+    def __init__(self, name: str, own: Tree, brought: Tree, overrides: Sequence[Override]) -> None:
+        self.name, self.own, self.brought = name, own, brought
+        self.overridden = [".".join(keys) for keys, _ in overrides]
+
+    def __call__(self, place: Place) -> str:
+        key = dotted(place)
+        if any(f"{key}.".startswith(f"{one}.") for one in self.overridden):
+            return COMMAND_LINE
+        return "set by the algorithm" if _holds(self.brought, place) and not _holds(self.own, place) else self.name
+
+
+def _holds(tree: Any, place: Place) -> bool:
+    if not place:
+        return True
+    inner: Any = dict(enumerate(tree)) if isinstance(tree, list) else tree
+    return isinstance(inner, Mapping) and place[0] in inner and _holds(inner[place[0]], place[1:])
+
+
+def complaint(error: ValidationError, config: type[BaseModel], source: Source) -> str:
     """The first thing that is wrong, unknown keys before all else, since a misspelt key is also a missing one."""
     errors = error.errors()
     strange = [one for one in errors if one["type"] == "extra_forbidden"]
@@ -110,9 +134,12 @@ def _place(config: type[BaseModel], location: Sequence[str | int]) -> Place:
     place: Place = ()
     for number, part in enumerate(location):
         block, last = block_at(config, place), number == len(location) - 1
-        if isinstance(part, int) or (block and part in block.model_fields) or (last and block):
-            place = (*place, part)
-        elif block is None and not _is_union_member(part):
+        if (
+            isinstance(part, int)
+            or (block and part in block.model_fields)
+            or (last and block)
+            or (block is None and not _is_union_member(part))
+        ):
             place = (*place, part)
     return place
 

@@ -27,7 +27,9 @@ class Loader(yaml.SafeLoader):
 
 
 # PyYAML follows YAML 1.1, in which a number with an exponent needs a dot and a sign: 1.0e-4.
-Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789"))
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def read(path: Path) -> Tree:
@@ -86,7 +88,9 @@ def _place(holder: Any, key: str, at: str) -> Any:
     if isinstance(holder, dict):
         return key
     if not key.isdecimal() or int(key) > len(holder):
-        raise ValueError(f"{at}.{key} is not a key: {at} is a list, so write {at}.0 to {at}.{len(holder)} (command line)")
+        raise ValueError(
+            f"{at}.{key} is not a key: {at} is a list, so write {at}.0 to {at}.{len(holder)} (command line)"
+        )
     return int(key)
 
 

@@ -102,6 +102,9 @@ SETTINGS = [
     train("old that is not kept", "evaluation.weights=old", "evaluation.weights is old", "policy"),
     train("uneven evaluation", "evaluation.num_images=10", "num_images is 10", "set it to 8"),
     train("unknown algorithm", "algorithm=gpro", "gpro", "did you mean 'grpo'"),
+    train("algorithm no plug-in", "algorithm=reward.py", "reward.py is no algorithm", "defines no Config"),
+    train("family no plug-in", "model.family=reward.py", "reward.py is no model", "defines no Config"),
+    train("algorithm file missing", "algorithm=mine.py", "no file", "mine.py"),
     train("unknown preset", "algorithm=flow_grpo_sd3", "did you mean 'flow_grpo_sd35'"),
     train("algorithm no name", "algorithm=3", "algorithm is 3"),
     train("unknown family", "model.family=sd4", "sd4", "did you mean 'sd3'"),
@@ -122,7 +125,7 @@ FILES = [
     train("no model", "", "model.family is missing", run_yaml=RUN.replace("model:", "# ")),
     train("no prompts", "", "prompts is missing", "run.yaml", run_yaml=RUN.replace("prompts:", "# ")),
     train("no rewards", "", "rewards is missing", run_yaml=RUN.replace("rewards:", "# ")),
-    train("misspelt in the file", "", "stepz", "did you mean 'steps'", "(run.yaml)", run_yaml=RUN.replace("\nsteps: 2", "\nstepz: 2")),
+    train("misspelt in the file", "", "did you mean 'steps'", "(run.yaml)", run_yaml=RUN.replace("\nsteps", "\nstepz")),
     train("no prompts file", "prompts.train=nosuch.txt", "nosuch.txt"),
     train("empty prompts file", "", "train.txt holds no prompts", train_txt="\n\n"),
     train("prompts not UTF-8", "", "heldout.txt is not UTF-8", heldout_txt=b"caf\xe9"),
@@ -181,7 +184,9 @@ REWARDS = [
 ]
 
 
-@pytest.mark.parametrize(("function", "more", "words"), REWARDS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("function", "more", "words"), REWARDS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_a_failing_reward_ends_the_run(
     function: str, more: str, words: Words, here: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -288,6 +293,16 @@ def test_no_space_left_for_a_checkpoint(
     assert not list((here / "runs/run/checkpoints").iterdir())
 
 
+def test_no_space_left_for_anything_else(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "runs/run/samples/step_000000.png")
+
+    monkeypatch.setattr("rlalign.reporting.recorder.save_grid", full)
+    check(call(capsys, "train", "run.yaml"), ("samples/step_000000.png: No space left on device",))
+
+
 # --- what is not bad input
 
 
@@ -308,7 +323,11 @@ def test_a_bug_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch, caps
 
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
-    [(["train", "run.yaml", "model={family: sd3, path: some/model}"], 2, "some/model"), (["trian"], 2, "'train'"), ([], 0, "")],
+    [
+        (["train", "run.yaml", "model={family: sd3, path: some/model}"], 2, "some/model"),
+        (["trian"], 2, "'train'"),
+        ([], 0, ""),
+    ],
     ids=["model not here", "bad command", "help"],
 )
 def test_exit_codes_of_a_real_process(arguments: list[str], code: int, words: str):
@@ -325,5 +344,3 @@ def test_an_internal_error_of_a_real_process(here: Path):
     assert done.returncode == 1
     assert "Traceback" in done.stderr and "ZeroDivisionError" in done.stderr
     assert not (here / "runs").exists()
-
-

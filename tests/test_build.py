@@ -28,13 +28,13 @@ def built(run: Path, *overrides: str) -> tuple[list[Sampler], Learner, tuple[str
     return *workers(parts), settings.publish
 
 
-def test_one_sampler_uses_the_learners_network(run: Path):
-    (sampler,), learner, published = built(run)
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+def test_one_sampler_uses_the_learners_network(run: Path, algorithm: str):
+    (sampler,), learner, _ = built(run, f"algorithm={algorithm}")
     assert sampler.shares and sampler.policy is learner.policy
-    assert published == ("policy",)
 
 
-@pytest.mark.parametrize("why", ["runtime.samplers=2", "runtime.max_staleness=1", "algorithm=nft"])
+@pytest.mark.parametrize("why", ["runtime.samplers=2", "runtime.max_staleness=1"])
 def test_others_have_networks_of_their_own(run: Path, why: str):
     samplers, learner, _ = built(run, why)
     policies = [sampler.policy for sampler in samplers]
@@ -43,6 +43,7 @@ def test_others_have_networks_of_their_own(run: Path, why: str):
 
 
 def test_what_samplers_need_is_published(run: Path):
+    assert built(run)[2] == ("policy",)
     assert built(run, "algorithm=nft")[2] == ("old", "policy")
     assert built(run, "ema={decay: 0.5}", "evaluation.weights=ema")[2] == ("policy", "ema")
 

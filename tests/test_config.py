@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
-from rlalign import config as configs
 from rlalign import runfile
 from rlalign.algorithms import grpo, nft
 from rlalign.checks import warnings
 from rlalign.config import RECIPES, RunConfig, find, load, recipes
+from rlalign.overlays import presets
+from rlalign.paths import model_path
 from rlalign.policy import Window
+from rlalign.workers.learner import EmaConfig
 from tests.runs import RUN, run_file
 
 
@@ -107,12 +109,14 @@ def test_short_spellings(run: Path):
     assert [one.use for one in load(run, ["rewards=composition"]).rewards] == ["composition"]
     both = load(run, ["rewards.1={use: ocr, role: monitor}", "rewards.0.weight=2"]).rewards
     assert [(one.name, one.weight) for one in both] == [("first", 2), ("ocr", 1)]
-    assert load(run, ["ema.decay=0.5"]).ema == configs.EmaConfig(decay=0.5)
+    assert load(run, ["ema.decay=0.5"]).ema == EmaConfig(decay=0.5)
     assert load(run, ["rollout.window={size: 1, range: [0, 2]}"]).rollout.window == Window(size=1, range=(0, 2))
 
 
 def test_an_algorithm_and_a_family_of_ones_own(run: Path):
-    (run.parent / "mine.py").write_text("from rlalign.algorithms.grpo import *\nfrom rlalign.algorithms.grpo import OVERLAY\n")
+    (run.parent / "mine.py").write_text(
+        "from rlalign.algorithms.grpo import *\nfrom rlalign.algorithms.grpo import OVERLAY\n"
+    )
     (run.parent / "family.py").write_text("from rlalign.models.analytic import *\n")
     run.write_text(RUN.replace("{name: grpo}", "mine.py").replace("family: analytic", "family: family.py"))
     got = load(run)
@@ -124,7 +128,9 @@ def test_an_algorithm_and_a_family_of_ones_own(run: Path):
 # --- paths
 
 
-def test_paths_count_from_the_file_and_in_overrides_from_here(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_paths_count_from_the_file_and_in_overrides_from_here(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     here = tmp_path / "elsewhere"
     here.mkdir()
     monkeypatch.chdir(here)
@@ -137,7 +143,12 @@ def test_paths_count_from_the_file_and_in_overrides_from_here(run: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("path", "meant"),
-    [("zoo:scenes", "zoo:scenes"), ("stabilityai/sd3", "stabilityai/sd3"), ("./models/mine", "HERE/models/mine"), ("there", "HERE/there")],
+    [
+        ("zoo:scenes", "zoo:scenes"),
+        ("stabilityai/sd3", "stabilityai/sd3"),
+        ("./models/mine", "HERE/models/mine"),
+        ("there", "HERE/there"),
+    ],
 )
 def test_model_paths(run: Path, path: str, meant: str):
     (run.parent / "there").mkdir()
@@ -166,7 +177,8 @@ def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
 
 
 @pytest.mark.parametrize(
-    "other", ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"]
+    "other",
+    ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"],
 )
 def test_the_hash_sees_what_moves_the_numbers(run: Path, other: str):
     assert load(run, [other]).config_hash != load(run).config_hash
@@ -191,19 +203,19 @@ def test_recipes_are_sound(name: str, algorithm: str | None):
     got = load(find(name), [f"algorithm={algorithm}"] if algorithm else [])
     assert isinstance(got, RunConfig)
     assert got.prompts.train.parent == RECIPES / "prompts" and got.prompts.train.exists()
-    assert configs.model_path(got.model)
+    assert model_path(got.model.path)
 
 
 def test_the_recipes_are_these():
     assert {"quickstart", "ocr", "jpeg"} <= set(recipes())
 
 
-@pytest.mark.parametrize("name", sorted(configs.presets()))
+@pytest.mark.parametrize("name", sorted(presets()))
 def test_presets_are_sound(run: Path, name: str):
     """A run file without a word on how to sample and learn."""
     kept = [line for line in RUN.splitlines() if line.startswith(("model", "prompts", "rewards"))]
     run.write_text("\n".join(kept).replace(", lora: null", ""))
-    got, (module, preset) = load(run, [f"algorithm={name}"]), configs.presets()[name]
+    got, (module, preset) = load(run, [f"algorithm={name}"]), presets()[name]
     assert isinstance(got.algorithm, module.Config)
     for block in ("rollout", "algorithm", "optimizer"):
         values = getattr(got, block).model_dump()

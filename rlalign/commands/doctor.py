@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlalign import machine
-from rlalign.config import recipes, zoo_names
+from rlalign.config import recipes
+from rlalign.paths import zoo_names
 from rlalign.scoring import RewardConfig, load_reward, reward_names
 
 EXTRAS = {"rapidocr": "ocr", "onnxruntime": "ocr", "wandb": "wandb", "starlette": "serve", "pynvml": "gpu"}

@@ -32,9 +32,12 @@ def evaluate(target: str, overrides: Sequence[str], weights: Weights | None, to:
     with in_preparation():
         folder.mkdir(parents=True, exist_ok=True)
         save_grid(result.pictures, result.captions, folder / "grid.png")
-        about = {"of": target, "step": step, "weights": config.evaluation.weights, "images": config.evaluation.num_images}
+        settings_used = {"weights": config.evaluation.weights, "images": config.evaluation.num_images}
         numbers = {name: value if isfinite(value) else None for name, value in result.metrics.items()}
-        write_atomically(folder / "metrics.json", json.dumps(about | numbers, indent=2).encode())
+        write_atomically(
+            folder / "metrics.json",
+            json.dumps({"of": target, "step": step, **settings_used, **numbers}, indent=2).encode(),
+        )
     print(f"{target} after {step} updates, weights: {config.evaluation.weights}, {config.evaluation.num_images} images")
     for name, value in result.metrics.items():
         print(f"{name:40} {value:.4f}")

@@ -1,11 +1,13 @@
 """What there is to choose from: rewards, models, algorithms."""
 
 import inspect
+from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from rlalign import plugins
 from rlalign.commands.problems import in_preparation
-from rlalign.config import presets, zoo_names
+from rlalign.overlays import presets
+from rlalign.paths import zoo_names
 from rlalign.scoring import RewardConfig, load_reward, reward_names
 from rlalign.scoring.loading import CATALOGUE
 
@@ -25,7 +27,7 @@ def list_rewards() -> int:
 def show_reward(name: str) -> int:
     with in_preparation():
         function = _function(name)
-    place = inspect.getsourcefile(_documented(function))
+    place = inspect.getsourcefile(inspect.unwrap(_documented(function)))
     print(f"{name}{inspect.signature(function)}\n{place}\n\n{inspect.getdoc(_documented(function)) or ''}")
     return 0
 
@@ -50,16 +52,16 @@ def list_algorithms() -> int:
     return 0
 
 
-def _function(name: str) -> object:
+def _function(name: str) -> Callable[..., object]:
     return load_reward(RewardConfig(use=name)).function
 
 
-def _documented(function: object) -> object:
+def _documented(function: Callable[..., object]) -> Callable[..., object]:
     """The class of an object, the function itself otherwise: that is where the docstring is."""
     return function if inspect.isroutine(function) else type(function)
 
 
-def _first_line(function: object) -> str:
+def _first_line(function: Callable[..., object]) -> str:
     return _summary(inspect.getdoc(_documented(function)))
 
 

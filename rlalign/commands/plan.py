@@ -7,7 +7,7 @@ real model where that is small, or when asked for.
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,10 +20,11 @@ from rlalign.build import load_policy, make_algorithm
 from rlalign.checks import warnings
 from rlalign.commands.problems import in_preparation
 from rlalign.commands.runs import config_of
-from rlalign.config import RunConfig, model_path
+from rlalign.config import RunConfig
 from rlalign.mdp.noise import Noise
 from rlalign.models import analytic, lora
 from rlalign.models.base import torch_dtype
+from rlalign.paths import model_path
 from rlalign.policy import Policy
 from rlalign.prompts import PromptSet
 from rlalign.types import Prompt, Trajectory, Unit
@@ -93,32 +94,25 @@ def plan(target: str, overrides: Sequence[str], measure: bool) -> int:
 
 
 def _work(config: RunConfig, passes: Passes) -> Iterator[tuple[str, str]]:
-    rollout, evaluation = config.rollout, config.evaluation
+    rollout, evaluation, updates = config.rollout, config.evaluation, config.updates_per_step
     images = rollout.prompts_per_step * rollout.samples_per_prompt
     batches = -(-images // rollout.micro_batch)
     padding = batches * rollout.micro_batch - images
-    yield "step", (
-        f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {images} images of "
-        f"{' x '.join(map(str, rollout.size))} pixels, in {batches} micro-batches of {rollout.micro_batch}"
-        + (f" ({padding} rows of padding)" if padding else "")
-    )
+    made = f"{rollout.prompts_per_step} prompts x {rollout.samples_per_prompt} samples = {images} images"
+    shape = f"{' x '.join(map(str, rollout.size))} pixels, in {batches} micro-batches of {rollout.micro_batch}"
+    yield "step", f"{made} of {shape}" + (f" ({padding} rows of padding)" if padding else "")
     yield "rollout", f"{passes.rollout:g} passes of the network an image, {passes.rollout * images:,.0f} a step"
-    yield "update", (
-        f"{config.algorithm.name}, {config.updates_per_step} optimizer steps of {images // config.updates_per_step} "
-        f"images: {passes.trained:g} passes with gradient and {passes.compared:g} without an image, "
-        f"{(passes.trained + passes.compared) * images:,.0f} a step"
-    )
+    each = f"{passes.trained:g} passes with gradient and {passes.compared:g} without an image"
+    learnt = (passes.trained + passes.compared) * images
+    steps = f"{updates} optimizer step{'s' if updates > 1 else ''} of {images // updates} images"
+    yield "update", f"{config.algorithm.name}, {steps}: {each}, {learnt:,.0f} a step"
     times = sum(evaluation.due(step, config.steps) for step in range(config.steps + 1))
     guided = 2 if evaluation.guidance_scale != 1 else 1
     judged = times * evaluation.num_images * evaluation.num_steps * guided
-    yield "evaluation", (
-        f"{times} times {evaluation.num_images} images with {evaluation.num_steps} steps, {evaluation.weights} weights"
-    )
-    trained = config.steps * images * (passes.rollout + passes.trained + passes.compared)
-    yield "in all", (
-        f"{config.steps} steps, {config.steps * images:,} images, {trained + judged:,.0f} passes of the network, "
-        f"{judged / (trained + judged):.0%} of them for evaluation"
-    )
+    yield "evaluation", f"{times} times {evaluation.num_images} images, {evaluation.num_steps} steps each"
+    total = config.steps * (passes.rollout * images + learnt) + judged
+    share = f"{total:,.0f} passes of the network, {judged / total:.0%} of them for evaluation"
+    yield "in all", f"{config.steps} steps, {config.steps * images:,} images, {share}"
 
 
 def count_passes(config: RunConfig, algorithm: Algorithm) -> Passes:
@@ -179,7 +173,9 @@ def _remedy(config: RunConfig, parts: dict[str, int], kept: Kept | None, availab
         return "use LoRA, or a smaller dtype"
     fixed = sum(parts.values()) - kept.activations * config.rollout.micro_batch
     rows = (available - fixed) // max(1, kept.activations)
-    return f"lower rollout.micro_batch to {rows}" if rows >= 1 else "use LoRA, a smaller dtype, or fewer prompts_per_step"
+    if rows < 1:
+        return "use LoRA, a smaller dtype, or fewer prompts_per_step"
+    return f"lower rollout.micro_batch to {rows}"
 
 
 def measure_kept(config: RunConfig, policy: Policy) -> Kept:
@@ -195,9 +191,7 @@ def measure_kept(config: RunConfig, policy: Policy) -> Kept:
     return Kept(most // ROWS, sum(t.nbytes for t in tensors) // ROWS)
 
 
-def _saved_by_each_loss(
-    policy: Policy, algorithm: Algorithm, sample: Trajectory, weights: set[int]
-) -> Iterator[int]:
+def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory, weights: set[int]) -> Iterator[int]:
     """Bytes that autograd holds on to for the backward pass of each loss, weights not counted."""
     saved: dict[int, int] = {}
 
@@ -221,7 +215,7 @@ def _available() -> int:
 
 def count_weights(config: RunConfig) -> Weights | None:
     """From the headers of safetensors files; None where there are none, as for Hub ids that are not here."""
-    folder = Path(model_path(config.model) or "/nowhere")
+    folder = Path(model_path(config.model.path) or "/nowhere")
     shapes = {part.name: _headers(part) for part in folder.iterdir() if part.is_dir()} if folder.is_dir() else {}
     if not any(shapes.values()):
         return None
@@ -252,7 +246,7 @@ def _numel(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
 
-def _size(parameters: "Iterator[nn.Parameter] | Sequence[nn.Parameter]") -> int:
+def _size(parameters: Iterable[nn.Parameter]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 

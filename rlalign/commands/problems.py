@@ -18,6 +18,8 @@ def in_preparation() -> Iterator[None]:
     """Reading, checking, loading and building: a ValueError that our own code raised is the user's to put right."""
     try:
         yield
+    except OSError as error:
+        raise BadInput(_refused(error)) from error
     except ValueError as error:
         if not _raised_by_us(error):
             raise
@@ -40,10 +42,19 @@ def in_training() -> Iterator[None]:
         raise BadInput(f"{_one_line(error)}; go on from the last checkpoint with a lower optimizer.lr") from error
     except torch.OutOfMemoryError as error:
         raise BadInput("the GPU is out of memory; lower rollout.micro_batch") from error
+    except OSError as error:
+        raise BadInput(_refused(error)) from error
     except ValueError as error:
         if not isinstance(error.__cause__, OSError):
             raise
         raise BadInput(_one_line(error)) from error
+
+
+def _refused(error: OSError) -> str:
+    """What a disk, or the network, does not let us do."""
+    if error.strerror is None:
+        return _one_line(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
 
 
 def _raised_by_us(error: BaseException) -> bool:

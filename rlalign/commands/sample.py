@@ -12,14 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlalign import config as configs
 from rlalign import runfile
 from rlalign.build import load_policy
 from rlalign.commands.problems import in_preparation
 from rlalign.commands.runs import Trained, Weights, config_of, is_run, trained
-from rlalign.config import RunConfig
+from rlalign.config import RunConfig, resolve
 from rlalign.files import in_words
 from rlalign.mdp.noise import Noise
+from rlalign.paths import ZOO, model_path
 from rlalign.prompts import PromptSet
 from rlalign.reporting.grids import save_grid
 from rlalign.rundir import RunDir
@@ -85,12 +85,12 @@ def _config(wish: Wish) -> RunConfig:
 
 
 def _is_model(target: str) -> bool:
-    return target.startswith(configs.ZOO) or (is_run(target) and not RunDir(Path(target)).config.exists())
+    return target.startswith(ZOO) or (is_run(target) and not RunDir(Path(target)).config.exists())
 
 
 def _config_of_model(path: str, overrides: Sequence[str]) -> RunConfig:
     """A bare model in the diffusers layout: the blocks that training would need are there in form only."""
-    folder = Path(configs.model_path(configs.ModelConfig(family="sd3", path=path)))
+    folder = Path(model_path(path))
     side = _json(folder / "transformer/config.json").get("sample_size", 64)
     stages = len(_json(folder / "vae/config.json").get("block_out_channels", [0] * 4))
     has_t5 = _json(folder / "model_index.json").get("text_encoder_3", [None, None])[0] is not None
@@ -100,7 +100,7 @@ def _config_of_model(path: str, overrides: Sequence[str]) -> RunConfig:
         "rollout": {"size": [side * 2 ** (stages - 1)] * 2},
         "rewards": ["none"],
     }
-    return configs.resolve(tree, Path(), path, runfile.parse(overrides))
+    return resolve(tree, Path(), path, runfile.parse(overrides))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -68,7 +68,8 @@ def _open(config: RunConfig, folder: Path, fresh: bool) -> Run:
 
 def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run, asked: "Interrupts") -> int:
     folder = current.files.path
-    print(f"{'going on' if current.step else 'starting'} at step {current.step} of {config.steps} in {folder}", flush=True)
+    verb = "going on" if current.step else "starting"
+    print(f"{verb} at step {current.step} of {config.steps} in {folder}", flush=True)
     try:
         _loop(config, parts, settings, current, asked)
     except Stopped:
@@ -121,8 +122,8 @@ class Display:
         runtime = self.config.runtime
         counts = {"sampler": runtime.samplers, "scorer": runtime.scorers, "learner": 1}
         here: dict[str, Any] = {"pid": os.getpid(), "node": platform.node()}
-        workers = [{"role": role, "index": i, **here, "version": version} for role, n in counts.items() for i in range(n)]
-        self.run.write_workers(workers)
+        workers = [{"role": role, "index": index} for role, count in counts.items() for index in range(count)]
+        self.run.write_workers([{**worker, **here, "version": version} for worker in workers])
 
 
 class Interrupts:

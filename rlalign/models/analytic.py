@@ -64,7 +64,8 @@ class Velocity(nn.Module):
             raise ValueError("model.stds or model.covariances: every component needs a positive variance everywhere")
         self.means, self.variances, self.axes = nn.Buffer(means), nn.Buffer(variances), nn.Buffer(axes)
         self.knots = nn.Buffer(torch.tensor(config.knots, dtype=torch.float64))
-        self.residual = nn.Linear(len(config.knots) * (dim + 1), dim, bias=False, dtype=torch.float64)
+        residual = nn.Linear(len(config.knots) * (dim + 1), dim, bias=False, dtype=torch.float64, device="meta")
+        self.residual = residual.to_empty(device="cpu")  # made on meta, so that the global generator is not moved
         nn.init.zeros_(self.residual.weight)
 
     def forward(self, x: Tensor, t: Tensor, log_weights: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-
 Ref = Any
 """A value that may still be on its way, wherever it lives. Calls take references and see the values."""
 

@@ -1,6 +1,6 @@
 """kill -9 a real `rlalign train` again and again, go on with `rlalign resume`, and compare with a run left alone.
 
-    python -m tests.chaos.kills quickstart --algorithm nft --steps 6 --kills 5      # on the shipped pipeline
+python -m tests.chaos.kills quickstart --algorithm nft --steps 6 --kills 5      # on the shipped pipeline
 """
 
 import argparse
@@ -28,7 +28,8 @@ def command(*words: str) -> list[str]:
 
 def finish(words: Sequence[str]) -> None:
     """Runs rlalign to its end."""
-    done = subprocess.run(command(*words), env=ENVIRONMENT, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+    options: dict[str, Any] = {"env": ENVIRONMENT, "capture_output": True, "text": True, "timeout": TIMEOUT_S}
+    done = subprocess.run(command(*words), **options, check=False)
     assert done.returncode == 0, f"{shlex.join(words)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr}"
 
 
@@ -77,7 +78,11 @@ def result(run: Path) -> tuple[str, list[dict[str, Any]]]:
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(newest.glob("*.safetensors")))).hexdigest()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return digest, [{k: v for k, v in row.items() if not k.startswith(("time/", "runtime/")) and not k.endswith("_s")} for row in rows]
+    return digest, [{k: v for k, v in row.items() if not of_the_clock(k)} for row in rows]
+
+
+def of_the_clock(name: str) -> bool:
+    return name.startswith(("time/", "runtime/")) or name.endswith("_s")
 
 
 def main() -> None:
@@ -90,13 +95,14 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        words = ["train", arguments.recipe, f"algorithm={arguments.algorithm}", "checkpoint.every=2", "evaluation.every=3"]
-        words += [*arguments.overrides, "--steps", str(arguments.steps), "--run-dir"]
+        words = ["train", arguments.recipe, f"algorithm={arguments.algorithm}", "checkpoint.every=2"]
+        words += ["evaluation.every=3", *arguments.overrides, "--steps", str(arguments.steps), "--run-dir"]
         alone, broken = Path(folder) / "alone", Path(folder) / "broken"
         finish([*words, str(alone)])
         hit = killed_run([*words, str(broken)], broken, arguments.steps, arguments.kills, arguments.seed)
         (one, rows), (other, again) = result(alone), result(broken)
-        print(f"{arguments.algorithm}: {hit} kills, weights {one[:16]} and {other[:16]}, {len(rows)} and {len(again)} rows")
+        print(f"{arguments.algorithm}: {hit} kills; SHA-256 of the final weights, alone and killed:\n{one}\n{other}")
+        print(f"{len(rows)} and {len(again)} rows of metrics")
         assert one == other and rows == again
         print("equal to the unbroken run, bit for bit")
 

@@ -1,4 +1,4 @@
-"""Kills at random moments, on a model that is quick to load; `python -m tests.chaos.kills` does it on the shipped one."""
+"""Kills at random moments, on a model that is quick to load; tests/chaos/kills.py does it on the shipped one."""
 
 from pathlib import Path
 
