@@ -34,7 +34,7 @@ class Config(AdvantageSettings):
     name: Literal["grpo"] = "grpo"
     """This algorithm."""
     clip_range: Range | tuple[Range, Range] = 1e-4
-    """ε of the ratio, or [below, above] 1; not transferable between kernels or latent sizes (SPEC_KERNELS 7)."""
+    """ε of the ratio, or [below, above] 1; not transferable between kernels or latent sizes (docs/kernels.md)."""
     kl_weight: float = Field(default=0.0, ge=0)
     """β of the penalty towards the reference; above 0 it costs one more pass a step."""
     kl_form: KlForm = "gaussian"
@@ -161,6 +161,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         lora=None,
     ),
 }
-"""Published settings (SPEC_ALGORITHMS 12). Where a paper counts per GPU, prompts are its GPUs and updates its group
+"""Published settings. Where a paper counts per GPU, prompts are its GPUs and updates its group
 size over its accumulation. DanceGRPO decodes the last step's x0, which is our Euler step to σ = 0. MixGRPO's window is
 drawn, its strategy ``random``. eps is the published one, which can swallow gradients of mean log-probs."""

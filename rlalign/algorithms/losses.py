@@ -32,7 +32,7 @@ def ratio_means(ratio: Tensor, low: float, high: float) -> dict[str, Tensor]:
 
 
 def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """[b] how far a step is from the reference's (SPEC_KERNELS 8; c is the whole std of the step, τ = σ - σ').
+    """[b] how far a step is from the reference's (docs/kernels.md; c is the whole std of the step, τ = σ - σ').
 
     gaussian   (μ - μ_ref)² / (2c²)      the Kullback-Leibler divergence itself
     no_tau     τ (μ - μ_ref)² / (2c²)    flow_grpo and verl-omni, whose std lacks √τ: to be used with published weights

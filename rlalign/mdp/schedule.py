@@ -1,4 +1,4 @@
-"""Tables of noise levels, made once in float64, and the moving window of stochastic steps. Formulas: SPEC_KERNELS 3."""
+"""Tables of noise levels, made once in float64, and the moving window of stochastic steps."""
 
 import math
 from collections.abc import Callable

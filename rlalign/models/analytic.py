@@ -1,4 +1,4 @@
-"""Data whose velocity is known exactly: a mixture of Gaussians (EXACT_TESTS 5.7). For tests and notebooks.
+"""Data whose velocity is known exactly: a mixture of Gaussians. For tests and notebooks.
 
 On the flow path x = (1 - t) x0 + t eps, for N(m, S):  v(x, t) = A_t (x - (1 - t) m) - m,
 V_t = (1 - t)^2 S + t^2 I,  A_t = (t I - (1 - t) S) V_t^-1.  For a mixture, v = sum_i r_i v_i with responsibilities

@@ -12,7 +12,7 @@ Alarms = dict[str, str]
 
 
 class WatchConfig(Settings):
-    """When to warn (EVALUATION 8). Starting points, to be tuned."""
+    """When to warn. Starting points, to be tuned."""
 
     ratio_share: float = Field(default=0.1, gt=0)
     """off_policy: largest |ratio - 1| at a first update, as a share of the clip range."""

@@ -26,7 +26,7 @@ class OptimizerConfig(Settings):
     betas: tuple[float, float] = (0.9, 0.999)
     """Decay of the two moments."""
     eps: float = Field(default=1e-15, gt=0)
-    """Mean-reduced log-probs make gradients tiny: the usual 1e-8 can swallow them (SPEC_KERNELS 13)."""
+    """Mean-reduced log-probs make gradients tiny: the usual 1e-8 can swallow them (docs/kernels.md)."""
     weight_decay: float = Field(default=1e-4, ge=0)
     """Decoupled weight decay."""
     max_grad_norm: float = Field(default=1.0, gt=0)
