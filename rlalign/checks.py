@@ -38,6 +38,9 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
+    if times is not None and times > rollout.num_steps:
+        yield f"algorithm.num_times is {times}, but the rollout has only {rollout.num_steps} levels; lower it"
     if evaluation.weights == "ema" and config.ema is None:
         yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9} or evaluation.weights=policy"
     if evaluation.weights == "old" and not needs.old:

@@ -125,6 +125,8 @@ class RunConfig(Settings):
         part = hashed_part(self.tree())
         for number, reward in enumerate(self.rewards):
             part[f"rewards.{number}.use"] = reward.use if is_url(reward.use) else reward.use.rpartition("/")[2]
+            if (source := Path(reward.use.rpartition(":")[0])).suffix == ".py":
+                part[f"rewards.{number}.source"] = _digest(source)
         for name, path in (("train", self.prompts.train), ("heldout", self.prompts.heldout)):
             part[f"prompts.{name}"] = _digest(path)
         return part
@@ -139,7 +141,7 @@ def _digest(path: Path) -> str:
     try:
         return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
     except OSError as error:
-        raise ValueError(f"cannot read the prompts file {path}: {error.strerror}") from None
+        raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
 # --- from a file and the command line

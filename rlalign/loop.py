@@ -1,6 +1,7 @@
 """train(): prompts -> rollouts -> rewards -> advantages -> update -> publish -> record -> checkpoint."""
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,9 +60,10 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
         scores = gather(parts.scorers, batch)
         require_valid_group(scores, step)
         advantages = parts.algorithm.advantages(scores)
-        (metrics,) = parts.learners.get(parts.learners.scatter("update", [(batch.trajectories, advantages, step)]))
+        share = (batch.trajectories, advantages, step, scores.valid)
+        (metrics,) = parts.learners.get(parts.learners.scatter("update", [share]))
         publish(parts, cfg, version=step + 1)
-        recorder.step(step, scores, metrics, timings(parts))
+        recorder.step(step, scores, metrics, readings(parts))
         judge(parts, cfg, recorder, step + 1)
         last, stopping = step + 1 == cfg.steps, stop()
         recorder.commit(lambda: snapshot(parts), now=last or stopping)
@@ -84,15 +86,18 @@ def judge(parts: Parts, cfg: LoopSettings, recorder: Recorder, step: int) -> Non
     if cfg.evaluation.due(step, cfg.steps):
         started = time.perf_counter()
         result = evaluate(parts.samplers, parts.scorers, parts.heldout, cfg.evaluation, cfg.rollout)
-        timings(parts)  # what evaluation took belongs to no step
+        readings(parts)  # what evaluation took belongs to no step
         recorder.evaluation(step, result, time.perf_counter() - started)
 
 
-def timings(parts: Parts) -> dict[str, float]:
-    """Seconds that the workers were busy since the last call; publishing is what the samplers spent on receiving."""
-    names = {"sample": "rollout", "score": "reward", "update": "update", "receive": "publish"}
+def readings(parts: Parts) -> dict[str, float]:
+    """Since the last call: seconds that workers were busy, and every reward's seconds, errors, timeouts and drops."""
+    names = {"rollout": ["sample"], "reward": ["score"], "update": ["update"], "publish": ["publish", "receive"]}
     busy = parts.samplers.timings() | parts.scorers.timings() | parts.learners.timings()
-    return {f"time/{name}_s": busy.get(method, 0.0) for method, name in names.items()}
+    total = Counter({f"time/{name}_s": sum(busy.get(m, 0.0) for m in methods) for name, methods in names.items()})
+    for stats in parts.scorers.get(parts.scorers.broadcast("stats")):
+        total.update(stats)
+    return dict(total)
 
 
 def snapshot(parts: Parts) -> State:

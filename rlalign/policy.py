@@ -258,7 +258,8 @@ class Policy:
 def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, group: int) -> tuple[Tensor, Tensor]:
     """Which steps of a group are stochastic [N] bool, and which of them are kept [K] int64, in order.
 
-    Drawn per group, never per row: rows with other windows are no fair comparison. ``keep`` False: a deterministic rollout, nothing kept.
+    Drawn per group, never per row: rows with other windows are no fair comparison. ``keep`` False: a deterministic
+    rollout, nothing kept.
     """
     num_steps = settings.num_steps
     stochastic = torch.zeros(num_steps, dtype=torch.bool)

@@ -48,12 +48,17 @@ def prompt_key(prompt: Prompt) -> str:
 
 
 def _read_text(path: Path) -> list[Prompt]:
-    return [Prompt(line.strip()) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    return [Prompt(line.strip()) for line in _lines(path) if line.strip()]
 
 
 def _read_jsonl(path: Path) -> list[Prompt]:
-    lines = enumerate(path.read_text("utf-8").splitlines(), start=1)
+    lines = enumerate(_lines(path), start=1)
     return [_prompt(_parsed(line, f"{path}, line {n}"), f"{path}, line {n}") for n, line in lines if line.strip()]
+
+
+def _lines(path: Path) -> list[str]:
+    """Lines as JSON counts them: U+2028 and its like may stand inside a text."""
+    return path.read_text("utf-8-sig").split("\n")
 
 
 def _read_parquet(path: Path) -> list[Prompt]:
@@ -78,4 +83,6 @@ def _prompt(row: Any, where: str) -> Prompt:
     strange = row.keys() - {"text", "negative", "metadata"}
     if strange:
         raise ValueError(f"{where} has the unknown key {sorted(strange)[0]!r}; text, negative and metadata are known")
+    if not isinstance(row.get("negative"), str | None) or not isinstance(row.get("metadata"), dict | None):
+        raise ValueError(f"{where}: negative must be a text and metadata a mapping")
     return Prompt(row["text"], row.get("negative"), row.get("metadata") or {})

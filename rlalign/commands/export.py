@@ -24,7 +24,7 @@ def export(folder: Path, to: Path, full: bool, weights: Weights | None) -> int:
     if lora:
         print(f"to use it    pipe.load_lora_weights({str(written.parent)!r}, weight_name={written.name!r})")
     else:
-        print(f"to use it    DiffusionPipeline.from_pretrained({str(written)!r})")
+        print(f"to use it    model.path {written} in a run file, or the pipeline's own library (docs/quickstart.md)")
     return 0
 
 

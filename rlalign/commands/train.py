@@ -5,7 +5,7 @@ import platform
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -79,10 +79,12 @@ def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run
         write_pages(folder)
         return EXIT_CODES[asked.signal or signal.SIGINT]
     except BaseException:
-        current.mark("failed", current.info.step)
+        with suppress(OSError, ValueError):  # a full disk must not hide what went wrong
+            current.mark("failed", current.info.step)
         raise
-    current.mark("finished", config.steps)
-    write_pages(folder)
+    with in_training():
+        write_pages(folder)
+        current.mark("finished", config.steps)
     _say_results(folder)
     return 0
 
@@ -192,5 +194,6 @@ def _say_results(folder: Path) -> None:
         print(f"held-out reward {before:.3f} -> {after:.3f} after {len(rows)} steps and {rows[-1]['images']:,} images")
     print(f"report       {files.report}")
     print(f"pictures     {files.samples}")
-    print(f"checkpoint   {files.checkpoints / sorted(path.name for path in files.checkpoints.glob('step_*'))[-1]}")
+    for newest in sorted(path.name for path in files.checkpoints.glob("step_*"))[-1:]:
+        print(f"checkpoint   {files.checkpoints / newest}")
     print(f"to use it    rlalign export {folder} --to DIR, or rlalign sample {folder} --prompt TEXT")

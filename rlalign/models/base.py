@@ -1,7 +1,7 @@
 """The model interface: a family encodes prompts, predicts once, decodes. Loop, log-probs and LoRA are not its business.
 
 A family is one file in this folder. It defines a pydantic ``Config`` and one final class named ``Family`` built by
-``Family.load(config, path, dtype)``. ``rlalign.plugins`` finds it by the file's name.
+``Family.load(config, path, dtype, device)``. ``rlalign.plugins`` finds it by the file's name.
 """
 
 from collections.abc import Sequence

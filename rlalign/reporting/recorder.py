@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from rlalign import checkpoint
+from rlalign.algorithms.advantages import flat
 from rlalign.checkpoint import CheckpointConfig
 from rlalign.confighash import hash_of
 from rlalign.evaluation.heldout import Evaluation
@@ -138,7 +139,7 @@ def reward_metrics(scores: Scores) -> dict[str, float]:
         "reward/mean": float(total[valid].mean()),
         "reward/std": float(total[valid].std(correction=0)),
         "reward/group_std": float(group_std.nanmean()),
-        "reward/zero_std_groups": float((group_std.nan_to_num() == 0).float().mean()),
+        "reward/zero_std_groups": float(flat(total, valid).float().mean()),
         "reward/valid": float(valid.float().mean()),
     }
     for name, reward in scores.training.items():

@@ -1,5 +1,6 @@
 """Pools in this process: every worker has a thread, and does its calls in the order in which they were made."""
 
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -30,6 +31,7 @@ class LocalPool:
         self.executors = [ThreadPoolExecutor(1, initializer=start, initargs=(threads,)) for _ in workers]
         self.turn = 0
         self.busy: dict[str, float] = defaultdict(float)
+        self.lock = threading.Lock()
 
     def submit(self, method: str, *args: Any, returns: int = 1) -> Any:
         future = self._call(self.turn % self.size, method, args)
@@ -46,7 +48,8 @@ class LocalPool:
         return [ref.value() for ref in refs]
 
     def timings(self) -> dict[str, float]:
-        busy, self.busy = self.busy, defaultdict(float)
+        with self.lock:
+            busy, self.busy = self.busy, defaultdict(float)
         return dict(busy)
 
     def close(self) -> None:
@@ -62,7 +65,8 @@ class LocalPool:
             try:
                 return function(*values)
             finally:
-                self.busy[method] += time.perf_counter() - started
+                with self.lock:
+                    self.busy[method] += time.perf_counter() - started
 
         return self.executors[worker].submit(call)
 

@@ -79,10 +79,13 @@ class Learner:
         if ema:
             policy.keep("ema")
 
-    def update(self, trajectories: Sequence[Trajectory], advantages: Tensor, version: int) -> dict[str, float]:
+    def update(
+        self, trajectories: Sequence[Trajectory], advantages: Tensor, version: int, valid: Tensor | None = None
+    ) -> dict[str, float]:
         """One step on a batch: advantages [P, G] in the order of the trajectories' groups. Returns metrics.
 
-        ``version`` is that of the weights being updated; the rows bring their own.
+        ``version`` is that of the weights being updated; the rows bring their own. Rows that are not ``valid`` [P, G]
+        bool, whose reward failed, are left out altogether.
         """
         batch = Trajectory.concat(trajectories)
         num_prompts, samples = advantages.shape
@@ -91,8 +94,33 @@ class Learner:
         for number in range(self.updates_per_step):
             groups = torch.arange(num_prompts).tensor_split(self.updates_per_step)[number]
             rows = (groups[:, None] * samples + torch.arange(samples)).flatten()
-            self._optimizer_step(batch, rows, advantages.flatten(), metrics, first=number == 0)
-        return metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
+            if valid is not None:
+                rows = rows[valid.flatten()[rows]]
+            if len(rows):
+                self._optimizer_step(batch, rows, advantages.flatten(), metrics, first=number == 0)
+        return {"kl": self._drift(batch)} | metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
+
+    @torch.no_grad()
+    def _drift(self, batch: Trajectory) -> float:
+        """How far the updated policy is from the reference, on one micro-batch; an algorithm's own ``kl`` goes before.
+
+        Trajectories: KL of the kept steps, in the reduction of the run; else mean (v - v_ref)^2 half way to the noise.
+        """
+        rows = torch.arange(self.policy.settings.micro_batch).clamp(max=batch.num_rows - 1)
+        sample = batch.take(rows).to(self.policy.device)
+        if not sample.num_kept:
+            x0, half = sample.final, torch.full((len(rows),), 0.5, device=sample.final.device)
+            noise = self.noise.normal("drift", sample.address, 0, tuple(x0.shape[1:])).to(x0)
+            with self.policy.using("reference"):
+                reference = self.policy.predict_noised(sample, (x0 + noise) / 2, half).velocity
+            velocity = self.policy.predict_noised(sample, (x0 + noise) / 2, half).velocity
+            return float((velocity - reference).square().mean())
+        with self.policy.using("reference"):
+            references = [self.policy.replay(sample, slot).gaussian for slot in range(sample.num_kept)]
+        gaussians = [self.policy.replay(sample, slot).gaussian for slot in range(sample.num_kept)]
+        reduction = self.policy.settings.logprob_reduction
+        pairs = zip(gaussians, references, strict=True)
+        return float(torch.stack([own.kl(other, reduction) for own, other in pairs]).mean())
 
     def _optimizer_step(
         self, batch: Trajectory, rows: Tensor, advantages: Tensor, metrics: "Metrics", first: bool

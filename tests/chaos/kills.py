@@ -1,6 +1,6 @@
 """kill -9 a real `rlalign train` again and again, go on with `rlalign resume`, and compare with a run left alone.
 
-python -m tests.chaos.kills quickstart --algorithm nft --steps 6 --kills 5      # on the shipped pipeline
+python -m tests.chaos.kills quickstart evaluation.num_images=64 --algorithm nft --steps 6
 """
 
 import argparse
