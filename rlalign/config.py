@@ -121,12 +121,13 @@ class RunConfig(Settings):
         return self.model_dump(mode="json")
 
     def hashed(self) -> Tree:
-        """What decides the numbers. A file counts for what it is and not for where it lies: runs can be moved."""
+        """What decides the numbers.
+
+        Prompt files count by their contents and rewards by name: a run can be moved, and go on once a reward is mended.
+        """
         part = hashed_part(self.tree())
         for number, reward in enumerate(self.rewards):
             part[f"rewards.{number}.use"] = reward.use if is_url(reward.use) else reward.use.rpartition("/")[2]
-            if (source := Path(reward.use.rpartition(":")[0])).suffix == ".py":
-                part[f"rewards.{number}.source"] = _digest(source)
         for name, path in (("train", self.prompts.train), ("heldout", self.prompts.heldout)):
             part[f"prompts.{name}"] = _digest(path)
         return part

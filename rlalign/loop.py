@@ -14,7 +14,6 @@ from rlalign.policy import RolloutConfig, Variant
 from rlalign.prompts import PromptSet
 from rlalign.reporting.recorder import Recorder
 from rlalign.runtime.pool import Pool
-from rlalign.scoring import require_valid_group
 from rlalign.settings import Settings
 from rlalign.types import State
 
@@ -58,11 +57,12 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
     for step in steps:
         batch = pipeline.take()
         scores = gather(parts.scorers, batch)
-        require_valid_group(scores, step)
         advantages = parts.algorithm.advantages(scores)
         share = (batch.trajectories, advantages, step, scores.valid)
         (metrics,) = parts.learners.get(parts.learners.scatter("update", [share]))
         publish(parts, cfg, version=step + 1)
+        if cfg.evaluation.due(step, cfg.steps) and "kl" not in metrics:
+            (metrics["kl"],) = parts.learners.get(parts.learners.scatter("drift", [(batch.trajectories,)]))
         recorder.step(step, scores, metrics, readings(parts))
         judge(parts, cfg, recorder, step + 1)
         last, stopping = step + 1 == cfg.steps, stop()

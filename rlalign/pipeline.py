@@ -14,6 +14,7 @@ from typing import Any
 from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet
 from rlalign.runtime.pool import Pool
+from rlalign.scoring import require_valid_group
 from rlalign.types import Prompt, Scores, Unit
 
 
@@ -88,5 +89,7 @@ def split(
 
 
 def gather(scorers: Pool, batch: Batch) -> Scores:
-    """The batch's scores, groups in order."""
-    return Scores.concat(scorers.get(batch.scores))
+    """The batch's scores, groups in order; RewardError when no group has a valid one left to learn from."""
+    scores = Scores.concat(scorers.get(batch.scores))
+    require_valid_group(scores, batch.step)
+    return scores

@@ -99,6 +99,7 @@ def test_a_run_has_one_row_a_step_and_learns(place: Path) -> None:
     assert rows[-1]["eval_final/reward/mean"] > rows[0]["eval/reward/mean"] + 0.02
     assert all(row["ratio/max_abs_dev"] == 0.0 and row["staleness"] == 0 for row in rows)
     assert [row["step"] for row in rows if "eval/reward/mean" in row] == [0, 2, 4, 6, 8, 10]
+    assert [row["step"] for row in rows if "kl" in row] == [0, 2, 4, 6, 8, 10] and rows[10]["kl"] > rows[0]["kl"] > 0
     assert rows[0]["diversity"] == rows[0]["eval/diversity"] == 1.0
     assert any(key.startswith("learner/ema/") for key in weights)
 

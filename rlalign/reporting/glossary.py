@@ -18,7 +18,7 @@ METRICS: dict[str, str] = {
     "eval/distance": "Root mean square pixel distance between held-out images of one prompt.",
     "eval/<detail>": "A detail that a reward reports beside its score, mean over the held-out images it applies to.",
     "eval_final/<metric>": "The same as eval/..., of the finished weights.",
-    "kl": "Divergence of the trained steps from the base model's; where it is no penalty, measured on one micro-batch.",
+    "kl": "Divergence of the trained steps from the base model's; where it is no penalty, measured now and then.",
     "runtime/reward/<name>/<metric>": "Failed tries, timeouts and pictures left out, of one reward in one step.",
     "time/reward/<name>_s": "Seconds spent in one reward.",
     "policy_loss": "The reward term alone, without penalties; its gradient teaches, its value says little.",

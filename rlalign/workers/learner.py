@@ -98,14 +98,15 @@ class Learner:
                 rows = rows[valid.flatten()[rows]]
             if len(rows):
                 self._optimizer_step(batch, rows, advantages.flatten(), metrics, first=number == 0)
-        return {"kl": self._drift(batch)} | metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
+        return metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
 
     @torch.no_grad()
-    def _drift(self, batch: Trajectory) -> float:
-        """How far the updated policy is from the reference, on one micro-batch; an algorithm's own ``kl`` goes before.
+    def drift(self, trajectories: Sequence[Trajectory]) -> float:
+        """How far the policy is from the reference, on one micro-batch: ``kl`` where no penalty measures it anyway.
 
         Trajectories: KL of the kept steps, in the reduction of the run; else mean (v - v_ref)^2 half way to the noise.
         """
+        batch = trajectories[0]
         rows = torch.arange(self.policy.settings.micro_batch).clamp(max=batch.num_rows - 1)
         sample = batch.take(rows).to(self.policy.device)
         if not sample.num_kept:
