@@ -2,8 +2,12 @@
 
 import os
 
+from tests.reference.summary import pytest_terminal_summary
+
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"  # threads are part of the numbers
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
+
+__all__ = ["pytest_terminal_summary"]
