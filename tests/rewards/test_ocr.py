@@ -3,7 +3,6 @@
 import builtins
 import importlib
 import sys
-import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -129,14 +128,6 @@ def test_the_recogniser_is_made_once_from_the_wheels_own_weights(monkeypatch: py
     module._recogniser.cache_clear()
     assert read(written("995")[None]) == ["995"]
     assert module._recogniser() is module._recogniser()
-
-
-def test_it_is_fast_enough_to_train_on() -> None:
-    images = torch.stack([written(word) for word in WORDS] * 8)  # 80 pictures
-    read(images[:8])
-    start = time.process_time()
-    read(images)
-    assert (time.process_time() - start) / len(images) < 0.015  # seconds; 0.004 measured
 
 
 def test_without_the_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
