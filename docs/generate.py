@@ -15,7 +15,7 @@ from pydantic_core import PydanticUndefined
 
 from rlalign.algorithms import ddpo, grpo, nft
 from rlalign.checkpoint import CheckpointConfig
-from rlalign.config import ModelConfig, PromptsConfig, RunConfig, RuntimeConfig
+from rlalign.config import ModelConfig, PromptsConfig, RunConfig
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
 from rlalign.models.lora import LoraConfig
@@ -23,6 +23,7 @@ from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
 from rlalign.reporting.glossary import METRICS
 from rlalign.reporting.sinks import ReportingConfig
+from rlalign.runtime.config import RuntimeConfig
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
 from rlalign.workers.learner import EmaConfig, OptimizerConfig

@@ -35,9 +35,9 @@ def build(config: RunConfig) -> tuple[Parts, LoopSettings]:
     )
     threads = config.runtime.threads_per_worker
     parts = Parts(
-        samplers=LocalPool(samplers, threads),
-        scorers=LocalPool(scorers, threads),
-        learners=LocalPool([learner], threads),
+        samplers=LocalPool("sampler", samplers, threads),
+        scorers=LocalPool("scorer", scorers, threads),
+        learners=LocalPool("learner", [learner], threads),
         algorithm=algorithm,
         prompts=prompts,
         heldout=heldout,

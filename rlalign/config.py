@@ -27,6 +27,7 @@ from rlalign.paths import anchored, own_overrides, spelled_out
 from rlalign.policy import RolloutConfig
 from rlalign.reporting.sinks import ReportingConfig
 from rlalign.runfile import Override, Tree, merged
+from rlalign.runtime.config import RuntimeConfig
 from rlalign.scoring import RewardConfig
 from rlalign.scoring.config import is_url
 from rlalign.settings import Settings
@@ -57,23 +58,6 @@ class PromptsConfig(Settings):
     """Prompts to learn on."""
     heldout: Path
     """Prompts to judge on, none of which should be trained on."""
-
-
-class RuntimeConfig(Settings):
-    """On which machines, and how many of what."""
-
-    kind: Literal["local", "ray"] = "local"
-    """local: all in this process."""
-    samplers: int = Field(default=1, ge=1)
-    """Workers that make samples; the numbers do not depend on it."""
-    scorers: int = Field(default=1, ge=1)
-    """Workers that compute rewards."""
-    threads_per_worker: int = Field(default=1, ge=1)
-    """CPU threads of a worker; part of the numbers, since they decide the order of sums."""
-    max_staleness: int = Field(default=0, ge=0)
-    """How many versions the weights that sample may lag behind those that learn; 0 is synchronous."""
-    device: str = Field(default="auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
-    """auto takes the first GPU, and the CPU where there is none."""
 
 
 class RunConfig(Settings):

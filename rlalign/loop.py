@@ -75,7 +75,7 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
 def publish(parts: Parts, cfg: LoopSettings, version: int) -> None:
     """Bytes go from the learner to the samplers; each must acknowledge the version, checksum and count it holds."""
     (weights, *_) = parts.learners.broadcast("publish", version, cfg.publish)
-    acknowledged = parts.samplers.get(parts.samplers.broadcast("receive", weights))
+    acknowledged = parts.samplers.get(parts.samplers.hold("receive", weights))
     expected = acknowledged[0]
     if any(held != expected or held["version"] != version or held["tensors"] == 0 for held in acknowledged):
         raise RuntimeError(f"samplers do not hold version {version}: {acknowledged}")
@@ -93,8 +93,10 @@ def judge(parts: Parts, cfg: LoopSettings, recorder: Recorder, step: int) -> Non
 def readings(parts: Parts) -> dict[str, float]:
     """Since the last call: seconds that workers were busy, and every reward's seconds, errors, timeouts and drops."""
     names = {"rollout": ["sample"], "reward": ["score"], "update": ["update"], "publish": ["publish", "receive"]}
-    busy = parts.samplers.timings() | parts.scorers.timings() | parts.learners.timings()
-    total = Counter({f"time/{name}_s": sum(busy.get(m, 0.0) for m in methods) for name, methods in names.items()})
+    busy: Counter[str] = Counter()
+    for span in [*parts.samplers.spans(), *parts.scorers.spans(), *parts.learners.spans()]:
+        busy[span.method] += span.end - span.start
+    total = Counter({f"time/{name}_s": sum(busy[m] for m in methods) for name, methods in names.items()})
     for stats in parts.scorers.get(parts.scorers.broadcast("stats")):
         total.update(stats)
     return dict(total)

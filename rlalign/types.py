@@ -130,6 +130,18 @@ class Unit:
 
 
 @dataclass(frozen=True, slots=True)
+class Span:
+    """One call that a worker made."""
+
+    worker: str  # "sampler-0"
+    method: str
+    start: float  # seconds since the epoch, by the worker's clock
+    end: float  # the wait for arguments not counted
+    step: int | None = None  # of the unit, for calls that work on one
+    groups: tuple[int, ...] = ()  # of the unit
+
+
+@dataclass(frozen=True, slots=True)
 class RewardScores:
     """One reward's word on a batch. Where ``valid`` is False the value is 0 and means nothing."""
 

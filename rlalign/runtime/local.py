@@ -2,13 +2,14 @@
 
 import threading
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from rlalign.types import Span, Unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,13 +25,14 @@ class LocalRef:
 class LocalPool:
     """Calls go to the workers in turn, so that which worker does what is the same in every run."""
 
-    def __init__(self, workers: Sequence[Any], threads: int) -> None:
+    def __init__(self, role: str, workers: Sequence[Any], threads: int) -> None:
+        self.role = role
         self.workers = list(workers)
         self.size = len(self.workers)
         start = torch.set_num_threads
         self.executors = [ThreadPoolExecutor(1, initializer=start, initargs=(threads,)) for _ in workers]
         self.turn = 0
-        self.busy: dict[str, float] = defaultdict(float)
+        self.ended: list[Span] = []
         self.lock = threading.Lock()
 
     def submit(self, method: str, *args: Any, returns: int = 1) -> Any:
@@ -44,13 +46,16 @@ class LocalPool:
     def broadcast(self, method: str, *args: Any) -> list[LocalRef]:
         return [LocalRef(self._call(worker, method, args)) for worker in range(self.size)]
 
+    def hold(self, method: str, *args: Any) -> list[LocalRef]:
+        return self.broadcast(method, *args)  # workers in this process never start later
+
     def get(self, refs: Sequence[LocalRef]) -> list[Any]:
         return [ref.value() for ref in refs]
 
-    def timings(self) -> dict[str, float]:
+    def spans(self) -> list[Span]:
         with self.lock:
-            busy, self.busy = self.busy, defaultdict(float)
-        return dict(busy)
+            ended, self.ended = self.ended, []
+        return ended
 
     def close(self) -> None:
         for executor in self.executors:
@@ -61,14 +66,20 @@ class LocalPool:
 
         def call() -> Any:
             values = resolved(args)
-            started = time.perf_counter()
+            started = time.time()
             try:
                 return function(*values)
             finally:
                 with self.lock:
-                    self.busy[method] += time.perf_counter() - started
+                    self.ended.append(span(f"{self.role}-{worker}", method, values, started))
 
         return self.executors[worker].submit(call)
+
+
+def span(worker: str, method: str, args: Sequence[Any], start: float) -> Span:
+    """Of a call that ends now."""
+    unit = next((arg for arg in args if isinstance(arg, Unit)), None)
+    return Span(worker, method, start, time.time(), unit and unit.step, unit.groups if unit else ())
 
 
 def resolved(value: Any) -> Any:

@@ -1,10 +1,20 @@
-"""The seam between the loop and machines: a pool of like workers, and four verbs."""
+"""The seam between the loop and machines: a pool of like workers, and five verbs."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol
 
+from rlalign.types import Span
+
 Ref = Any
 """A value that may still be on its way, wherever it lives. Calls take references and see the values."""
+
+
+class WorkerFailure(Exception):
+    """Workers died too often, or one piece of work kills every worker; one sentence for the user."""
+
+
+class LearnersLost(WorkerFailure):
+    """A learner rank died, and its group with it; the last checkpoint is the way on."""
 
 
 class Pool(Protocol):
@@ -22,12 +32,16 @@ class Pool(Protocol):
         """The same call on every worker, after what it was given before and before what it is given later."""
         ...
 
+    def hold(self, method: str, *args: Any) -> list[Ref]:
+        """As ``broadcast``; workers that start later make the call too, before anything else."""
+        ...
+
     def get(self, refs: Sequence[Ref]) -> list[Any]:
         """Waits for the values; raises what the worker raised."""
         ...
 
-    def timings(self) -> dict[str, float]:
-        """Seconds that workers spent in each method since the last call, waiting for arguments not counted."""
+    def spans(self) -> list[Span]:
+        """Calls that ended since the last time this was asked."""
         ...
 
     def close(self) -> None: ...

@@ -22,7 +22,7 @@ class Brightness:
 
 def test_evaluation_is_the_same_whenever_it_is_asked_for_and_shows_what_it_judged() -> None:
     sampler, _ = workers(algorithm())
-    samplers, scorers = LocalPool([sampler], 1), LocalPool([Brightness()], 1)
+    samplers, scorers = LocalPool("sampler", [sampler], 1), LocalPool("scorer", [Brightness()], 1)
     prompts = PromptSet(tuple(Prompt(str(i)) for i in range(20)))
     settings = EvaluationConfig(num_images=80, num_steps=4)
     one = evaluate(samplers, scorers, prompts, settings, rollout_config())

@@ -25,7 +25,7 @@ class Worker:
 
 @pytest.fixture
 def pool():
-    pool = LocalPool([Worker("a"), Worker("b")], threads=1)
+    pool = LocalPool("worker", [Worker("a"), Worker("b")], threads=1)
     yield pool
     pool.close()
 
@@ -60,7 +60,9 @@ def test_what_a_worker_raises_is_raised_where_the_value_is_wanted(pool: LocalPoo
         pool.get([pool.submit("keep", failed)])
 
 
-def test_timings_are_seconds_by_method_since_the_last_question(pool: LocalPool) -> None:
+def test_spans_tell_which_worker_did_what_since_the_last_question(pool: LocalPool) -> None:
     pool.get(pool.scatter("pair", [(1,), (2,)]))
-    assert set(pool.timings()) == {"pair"}
-    assert pool.timings() == {}
+    spans = pool.spans()
+    assert sorted((span.worker, span.method) for span in spans) == [("worker-0", "pair"), ("worker-1", "pair")]
+    assert all(span.start <= span.end and span.step is None for span in spans)
+    assert pool.spans() == []
