@@ -16,7 +16,7 @@ quickstart: $(STAMP)
 	$(OFFLINE) $(BIN)/rlalign train quickstart
 
 test: $(STAMP)
-	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) $(ARGS)
+	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ from rlalign.policy import RolloutConfig, Window
 from rlalign.reporting.glossary import METRICS
 from rlalign.reporting.sinks import ReportingConfig
 from rlalign.runtime.config import RuntimeConfig
+from rlalign.runtime.telemetry import EXPORTED, prometheus_name
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
 from rlalign.workers.learner import EmaConfig, OptimizerConfig
@@ -59,13 +60,22 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    return "\n".join(metrics() if name == "metrics" else keys(BLOCKS[name]))
+    own = {"metrics": metrics, "prometheus": prometheus}
+    return "\n".join(own[name]() if name in own else keys(BLOCKS[name]))
 
 
 def metrics() -> Iterator[str]:
     yield "| metric | meaning |"
     yield "|---|---|"
     yield from (f"| {_code(name)} | {_cell(meaning)} |" for name, meaning in METRICS.items())
+
+
+def prometheus() -> Iterator[str]:
+    yield "| Prometheus | labels | in a row | meaning |"
+    yield "|---|---|---|---|"
+    for name, one in EXPORTED.items():
+        labels = ", ".join(_code(label) for label in ("run", one.label) if label)
+        yield f"| {_code(prometheus_name(name))} | {labels} | {_code(one.row)} | {_cell(one.meaning)} |"
 
 
 def keys(block: type[BaseModel]) -> Iterator[str]:

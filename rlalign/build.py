@@ -1,14 +1,17 @@
 """From a RunConfig to the parts that the loop moves data between."""
 
 from copy import deepcopy
+from functools import partial
 from itertools import chain
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rlalign import plugins
 from rlalign.algorithms.base import Algorithm
-from rlalign.config import RunConfig
+from rlalign.config import RunConfig, resolve
 from rlalign.loop import LoopSettings, Parts
 from rlalign.mdp.noise import Noise
 from rlalign.models import lora
@@ -16,7 +19,11 @@ from rlalign.models.base import Family, torch_dtype
 from rlalign.paths import model_path
 from rlalign.policy import Policy, Variant
 from rlalign.prompts import PromptSet
-from rlalign.runtime.local import LocalPool
+from rlalign.runfile import Tree
+from rlalign.runtime.local import LocalPool, LocalRuntime
+from rlalign.runtime.pool import Pool, Runtime
+from rlalign.runtime.weights import ObjectStore, Publisher
+from rlalign.workers.group import Group
 from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
 from rlalign.workers.scorer import Scorer
@@ -24,37 +31,91 @@ from rlalign.workers.scorer import Scorer
 
 def build(config: RunConfig) -> tuple[Parts, LoopSettings]:
     """Everything loaded and in place; ValueError, one sentence, when the user has to change something."""
-    torch.set_num_threads(config.runtime.threads_per_worker)
     prompts, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
-    scorers = [make_scorer(config) for _ in range(config.runtime.scorers)]
     algorithm = make_algorithm(config)
-    policy = load_policy(config)
-    samplers = make_samplers(config, policy, algorithm)
-    learner = Learner(
-        policy, algorithm, Noise(config.seed), config.optimizer, config.ema, updates_per_step=config.updates_per_step
-    )
+    pools, runtime = _in_this_process(config, algorithm) if config.runtime.kind == "local" else _on_ray(config)
+    parts = Parts(*pools, make_publisher(config, algorithm), algorithm, prompts, heldout, runtime)
+    return parts, loop_settings(config)
+
+
+def _in_this_process(config: RunConfig, algorithm: Algorithm) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     threads = config.runtime.threads_per_worker
-    parts = Parts(
-        samplers=LocalPool("sampler", samplers, threads),
-        scorers=LocalPool("scorer", scorers, threads),
-        learners=LocalPool("learner", [learner], threads),
-        algorithm=algorithm,
-        prompts=prompts,
-        heldout=heldout,
+    torch.set_num_threads(threads)
+    scorers = [make_scorer(config) for _ in range(config.runtime.scorers)]
+    policy = load_policy(config)
+    samplers, learner = make_samplers(config, policy, algorithm), make_learner(config, policy, algorithm)
+    pools = (
+        LocalPool("sampler", samplers, threads),
+        LocalPool("scorer", scorers, threads),
+        LocalPool("learner", [learner], threads),
     )
-    return parts, loop_settings(config, algorithm)
+    return pools, LocalRuntime(pools)
 
 
-def loop_settings(config: RunConfig, algorithm: Algorithm) -> LoopSettings:
-    needed: list[Variant] = [algorithm.sample_with, config.evaluation.weights]
+def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
+    """The same workers, each built from the config in a process of its own."""
+    from rlalign.runtime.cluster import RayRuntime
+
+    wanted, tree = config.runtime, config.tree()
+    runtime = RayRuntime(wanted)
+    try:
+        learners = runtime.group("learner", partial(learner_from, tree), wanted.learners, Group.address)
+        samplers = runtime.pool("sampler", partial(sampler_from, tree), wanted.samplers)
+        scorers = runtime.pool("scorer", partial(scorer_from, tree), wanted.scorers, wanted.scorer_memory_gib)
+        runtime.wait_until_up()
+    except BaseException:
+        runtime.close()
+        raise
+    return (samplers, scorers, learners), runtime
+
+
+def sampler_from(tree: Tree) -> Sampler:
+    config = resolve(tree, Path(), "config.yaml")
+    algorithm = make_algorithm(config)
+    return Sampler(load_policy(config), Noise(config.seed), algorithm.sample_with, algorithm.needs.trajectory, False)
+
+
+def scorer_from(tree: Tree) -> Scorer:
+    return make_scorer(resolve(tree, Path(), "config.yaml"))
+
+
+def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
+    config = resolve(tree, Path(), "config.yaml")
+    group = Group.join(address, rank, size, device_of(config)) if size > 1 else None
+    return make_learner(config, load_policy(config), make_algorithm(config), group)
+
+
+def make_learner(config: RunConfig, policy: Policy, algorithm: Algorithm, group: Group | None = None) -> Learner:
+    noise, updates = Noise(config.seed), config.updates_per_step
+    return Learner(policy, algorithm, noise, config.optimizer, config.ema, updates, group)
+
+
+def loop_settings(config: RunConfig) -> LoopSettings:
     return LoopSettings(
         steps=config.steps,
         seed=config.seed,
         max_staleness=config.runtime.max_staleness,
         rollout=config.rollout,
         evaluation=config.evaluation,
-        publish=tuple(dict.fromkeys(needed)),
+        updates_per_step=config.updates_per_step,
     )
+
+
+def make_publisher(config: RunConfig, algorithm: Algorithm) -> Publisher:
+    """For the weights that samplers need: those that sample, and those that are judged."""
+    needed: list[Variant] = [algorithm.sample_with, config.evaluation.weights]
+    names, runtime = [*dict.fromkeys(needed)], config.runtime
+    if runtime.kind == "ray" and runtime.transport == "collective":
+        from rlalign.runtime.collective import Collective
+
+        own: Any = Collective(names, runtime.max_staleness, runtime.canary_every)  # Ray's pools have what it needs
+        return own
+    return ObjectStore(names, runtime.max_staleness, runtime.canary_every, shares(config))
+
+
+def shares(config: RunConfig) -> bool:
+    """A single sampler that works only while the learner waits uses the learner's own net."""
+    return config.runtime.kind == "local" and config.runtime.samplers == 1 and config.runtime.max_staleness == 0
 
 
 def make_algorithm(config: RunConfig) -> Algorithm:
@@ -104,11 +165,9 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def make_samplers(config: RunConfig, policy: Policy, algorithm: Algorithm) -> list[Sampler]:
-    """A single sampler that works only while the learner waits uses the learner's own net."""
-    runtime, keep = config.runtime, algorithm.needs.trajectory
-    shares = runtime.samplers == 1 and runtime.max_staleness == 0
-    policies = [policy] if shares else [twin(policy) for _ in range(runtime.samplers)]
-    return [Sampler(own, Noise(config.seed), algorithm.sample_with, keep, shares) for own in policies]
+    keep, alone = algorithm.needs.trajectory, shares(config)
+    policies = [policy] if alone else [twin(policy) for _ in range(config.runtime.samplers)]
+    return [Sampler(own, Noise(config.seed), algorithm.sample_with, keep, alone) for own in policies]
 
 
 def twin(policy: Policy) -> Policy:

@@ -2,8 +2,12 @@
 
 ``checkpoints/step_000010`` holds the state after 10 updates: one safetensors file for each first component of the
 tensors' names (``policy/...`` -> policy.safetensors), ``state.json`` with the plain values, and ``manifest.json`` with
-the size and SHA-256 of both. It is written under another name, synced and renamed, so that a kill at any moment leaves
+the size and SHA-256 of all. It is written under another name, synced and renamed, so that a kill at any moment leaves
 the earlier checkpoints as they were; the newest one is found by checking it, never by a pointer that can go stale.
+
+What the learner ranks hold is a part of its own, which they write and read themselves: ``learner.json`` with
+``learner.safetensors``, or with a folder ``learner`` of safetensors where each rank wrote its parts of sharded weights
+(torch.distributed.checkpoint). Either is read by any number of ranks. Nothing anywhere is pickled.
 
 ``State.values`` goes through JSON: floats, integers, NaN and infinities come back exactly, tuples come back as lists,
 and keys must be strings. Local folders only; an upload to a URL belongs after the rename, manifest last.
@@ -17,7 +21,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -28,16 +32,18 @@ from safetensors.torch import load_file
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
-from rlalign import __version__
+from rlalign import __version__, sharding
 from rlalign.files import in_words, sync_folder, write_durably
 from rlalign.settings import Settings
 from rlalign.types import State
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 NAME = re.compile(r"step_(\d{6,})")
 MANIFEST, VALUES, UNGROUPED = "manifest.json", "state.json", "other"
+LEARNER = "learner"
+"""The part that the learner ranks write and read: it may be too large for any other process."""
 
 
 class CheckpointConfig(Settings):
@@ -56,6 +62,10 @@ class FileRecord(Settings):
     sha256: str
 
 
+Files = dict[str, FileRecord]
+"""By path within the checkpoint."""
+
+
 class Manifest(Settings):
     """Written last: with it the directory is a checkpoint, without it it is rubbish."""
 
@@ -63,16 +73,23 @@ class Manifest(Settings):
     step: int
     config_hash: str
     versions: dict[str, str]
-    files: dict[str, FileRecord]
+    files: Files
 
 
 def save(
-    folder: Path, step: int, state: State, keep: int, config_hash: str, scores: Mapping[int, float] | None = None
+    folder: Path,
+    step: int,
+    state: State,
+    keep: int,
+    config_hash: str,
+    scores: Mapping[int, float] | None = None,
+    others: Callable[[Path], Files] = lambda folder: {},
 ) -> Path:
     """Commits the state after ``step`` updates and drops all but the ``keep`` newest and the best of ``scores``.
 
-    ``scores`` maps steps to a metric, higher is better. A sound checkpoint of this step is left as it is. Returns once
-    the checkpoint is on the disk; ValueError, with the earlier ones untouched, when the disk refuses.
+    ``scores`` maps steps to a metric, higher is better. ``others`` writes parts that this process does not hold into
+    the folder it is given, durably, and says what it wrote. A sound checkpoint of this step is left as it is. Returns
+    once the checkpoint is on the disk; ValueError, with the earlier ones untouched, when the disk refuses.
     """
     target = folder / name_of(step)
     if target.exists() and fault(target, config_hash) is None:
@@ -80,7 +97,7 @@ def save(
     temporary = folder / f".tmp-{step}-{os.getpid()}"
     try:
         with in_words(f"save checkpoint {target.name} in {folder}, the earlier ones are untouched"):
-            _write(temporary, step, state, config_hash)
+            _write(temporary, step, state, config_hash, others)
             if target.exists():
                 _discard(target)
             temporary.rename(target)
@@ -91,17 +108,40 @@ def save(
     return target
 
 
-def load(path: Path) -> State:
-    """The saved state on the CPU; ValueError names what is broken."""
+def load(path: Path, without: str | None = None) -> State:
+    """The saved state on the CPU, or all but one part; ValueError names what is broken."""
     problem = fault(path)
     if problem is not None:
         raise ValueError(f"checkpoint {path} is broken: {problem}")
     tensors: dict[str, Tensor] = {}
-    for name in read_manifest(path).files:
-        if name.endswith(".safetensors"):
-            # Cloned: the file is mapped into memory, and may be pruned while the state is still in use.
-            tensors |= {key: tensor.clone() for key, tensor in load_file(path / name).items()}
-    return State(tensors, json.loads((path / VALUES).read_bytes()))
+    values: dict[str, Any] = json.loads((path / VALUES).read_bytes())
+    files = read_manifest(path).files
+    for name in dict.fromkeys(re.split(r"[./]", file)[0] for file in files if file != VALUES):
+        if name == without:
+            continue
+        tensors |= _read_tensors(path, name, {})
+        if f"{name}.json" in files:
+            values[name] = json.loads((path / f"{name}.json").read_bytes())
+    return State(tensors, values)
+
+
+def read_part(path: Path, name: str, like: Mapping[str, Tensor] | None = None) -> State:
+    """A part that ``write_part`` or ``write_sharded`` wrote, of a checkpoint that is known to be sound.
+
+    On the CPU, and whole but where ``like`` has a sharded tensor under the name: then only this rank's part is read.
+    """
+    tensors = _read_tensors(path, name, {f"{name}/{key}": tensor for key, tensor in (like or {}).items()})
+    return State(State(tensors).part(name).tensors, json.loads((path / f"{name}.json").read_bytes()))
+
+
+def _read_tensors(path: Path, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if (path / name).is_dir():
+        return sharding.load(path / name, f"{name}/", like)
+    if like:
+        return sharding.load(path, f"{name}/", like)
+    file = path / f"{name}.safetensors"
+    # Cloned: the file is mapped into memory, and may be pruned while the state is still in use.
+    return {key: tensor.clone() for key, tensor in load_file(file).items()} if file.exists() else {}
 
 
 def latest(folder: Path, config_hash: str | None = None) -> tuple[int, Path] | None:
@@ -128,6 +168,8 @@ def fault(path: Path, config_hash: str | None = None) -> str | None:
         manifest = read_manifest(path)
         if NAME.fullmatch(path.name) and path.name != name_of(manifest.step):
             return f"its manifest says step {manifest.step}"
+        if manifest.format != FORMAT:
+            return f"it is of format {manifest.format}, and this version reads {FORMAT}"
         if config_hash is not None and manifest.config_hash != config_hash:
             return f"it was made under another config ({manifest.config_hash[:12]}, not {config_hash[:12]})"
         faults = (_file_fault(path / name, record) for name, record in manifest.files.items())
@@ -161,10 +203,31 @@ def name_of(step: int) -> str:
     return f"step_{step:06d}"
 
 
-def _write(folder: Path, step: int, state: State, config_hash: str) -> None:
+def write_part(folder: Path, name: str, state: State) -> Files:
+    """NAME.json and NAME.safetensors, if there are tensors."""
+    files: Files = {}
+    if state.tensors:
+        tensors = {f"{name}/{key}": tensor for key, tensor in state.tensors.items()}
+        _put(folder, f"{name}.safetensors", to_safetensors(_grouped(tensors)[name]), files)
+    _put(folder, f"{name}.json", _to_json(state.values), files)
+    return files
+
+
+def write_sharded(folder: Path, name: str, state: State, rank: int) -> Files:
+    """The same by all ranks of a group: each writes its parts of the tensors into the folder NAME."""
+    sharding.save(folder / name, {f"{name}/{key}": tensor for key, tensor in state.tensors.items()})
+    files = {f"{name}/{path.name}": _record_of(path) for path in sharding.files_of(folder / name, rank)}
+    sync_folder(folder / name)
+    if rank == 0:
+        _put(folder, f"{name}.json", _to_json(state.values), files)
+    return files
+
+
+def _write(folder: Path, step: int, state: State, config_hash: str, others: Callable[[Path], Files]) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # of a process that had our pid
     folder.mkdir(parents=True)
-    files: dict[str, FileRecord] = {}
+    files = others(folder.absolute())
+    _refuse_unseen(folder, files)
     for group, tensors in _grouped(state.tensors).items():
         _put(folder, f"{group}.safetensors", to_safetensors(tensors), files)
     _put(folder, VALUES, _to_json(state.values), files)
@@ -174,7 +237,15 @@ def _write(folder: Path, step: int, state: State, config_hash: str) -> None:
     sync_folder(folder)
 
 
-def _put(folder: Path, name: str, data: bytes, files: dict[str, FileRecord]) -> None:
+def _refuse_unseen(folder: Path, files: Files) -> None:
+    """What other processes wrote has to be here, or the checkpoint would be found broken when it is needed."""
+    for name, record in files.items():
+        path = folder / name
+        if not path.is_file() or path.stat().st_size != record.bytes:
+            raise ValueError(f"{path} is not what a learner wrote: the run directory must be on a disk that all share")
+
+
+def _put(folder: Path, name: str, data: bytes, files: Files) -> None:
     """The hash is of the bytes as they were meant, not as the disk gives them back."""
     files[name] = FileRecord(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
     write_durably(folder / name, data)
@@ -212,9 +283,12 @@ def _file_fault(path: Path, record: FileRecord) -> str | None:
     size = path.stat().st_size
     if size != record.bytes:
         return f"{path.name} has {size} bytes instead of {record.bytes}"
+    return None if _record_of(path) == record else f"{path.name} has the wrong SHA-256"
+
+
+def _record_of(path: Path) -> FileRecord:
     with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return None if digest == record.sha256 else f"{path.name} has the wrong SHA-256"
+        return FileRecord(bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
 
 
 def _prune(folder: Path, step: int, keep: int, scores: Mapping[int, float]) -> None:

@@ -25,8 +25,6 @@ def refuse(config: "RunConfig") -> None:
 def _problems(config: "RunConfig") -> Iterator[str]:
     rollout, evaluation = config.rollout, config.evaluation
     needs = config.algorithm_module.Algorithm(config.algorithm).needs
-    if config.runtime.kind == "ray":
-        yield "runtime.kind ray: this version has no Ray runtime yet; use runtime=local"
     try:
         check_rewards(config.rewards)
     except ValueError as error:

@@ -36,9 +36,11 @@ app = typer.Typer(
 rewards = typer.Typer(help="The rewards that can be named in a run file.")
 models = typer.Typer(help="The model families, and the models that are shipped.")
 algorithms = typer.Typer(help="The algorithms, and the papers' presets.")
+cluster = typer.Typer(help="A Ray cluster of this machine and others, in token mode.")
 app.add_typer(rewards, name="rewards")
 app.add_typer(models, name="models")
 app.add_typer(algorithms, name="algorithms")
+app.add_typer(cluster, name="cluster")
 
 RunFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe (quickstart) or a run file.")]
 Target = Annotated[str, typer.Argument(metavar="DIR|NAME|FILE", help="A run's folder, a recipe or a run file.")]
@@ -58,11 +60,13 @@ def train(
     steps: Steps = None,
     seed: Annotated[int | None, typer.Option(help="The same as seed=S.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Move an earlier run in that place aside.")] = False,
+    address: Annotated[str | None, typer.Option(help="The same as runtime.address=HOST:PORT.")] = None,
 ) -> int:
     """Start a run, or go on with it: the same command does both, and nothing once it is finished."""
     from rlalign.commands.train import train
 
-    return train(run_file, _with(overrides, steps=steps, seed=seed), run_dir, fresh)
+    given = _with(overrides, **{"steps": steps, "seed": seed, "runtime.address": address})
+    return train(run_file, given, run_dir, fresh)
 
 
 @app.command(epilog="Example: rlalign resume runs/quickstart")
@@ -73,16 +77,40 @@ def resume(run: RunFolder, steps: Annotated[int | None, typer.Option(help="Prolo
     return resume(run, _with(None, steps=steps))
 
 
+@app.command(epilog="Example: rlalign submit my.yaml --address http://127.0.0.1:8265 --run-dir /shared/runs/my")
+def submit(
+    run_file: RunFile,
+    overrides: Overrides = None,
+    address: Annotated[str | None, typer.Option(help="Of the cluster's dashboard; of the one started here.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run goes, on storage that machines share.")] = None,
+    working_dir: Annotated[Path | None, typer.Option(help="What the job sees; the run file's folder.")] = None,
+    name: Annotated[str | None, typer.Option(help="Attempts are NAME-1, NAME-2 ...; the run's unless given.")] = None,
+    follow: Annotated[bool, typer.Option("--follow/--no-follow", help="Show its log until it ends.")] = True,
+    stop: Annotated[bool, typer.Option("--stop", help="Ask the attempt that is running to save and end.")] = False,
+    exclude: Annotated[list[str] | None, typer.Option(help="Leave out of the upload, as in .gitignore.")] = None,
+    pip: Annotated[list[str] | None, typer.Option(help="Install on every machine, for the job only.")] = None,
+    env: Annotated[list[str] | None, typer.Option(help="NAME or NAME=VALUE for the job's processes.")] = None,
+) -> int:
+    """Run on a cluster, as a job: start it, follow it or go on with it. Ctrl-C leaves it running."""
+    from rlalign.commands import submit as jobs
+
+    wish = jobs.Wish(
+        run_file, overrides or [], address, run_dir, working_dir, name, exclude or [], pip or [], env or []
+    )
+    return jobs.stop(wish) if stop else jobs.submit(wish, follow)
+
+
 @app.command(epilog="Example: rlalign plan my.yaml rollout.micro_batch=4")
 def plan(
     run: Target,
     overrides: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load a large model too, to measure its memory.")] = False,
+    gpus: Annotated[int | None, typer.Option(min=1, help="Say how to use so many; those here unless given.")] = None,
 ) -> int:
-    """Say what a run will do and what memory it takes, before anything starts."""
+    """Say what a run will do, what memory it takes and how to divide machines, before anything starts."""
     from rlalign.commands.plan import plan
 
-    return plan(run, overrides or [], measure)
+    return plan(run, overrides or [], measure, gpus)
 
 
 @app.command()
@@ -141,12 +169,73 @@ def export(
     return export(run, to, full, weights)
 
 
-@app.command(epilog="Example: rlalign report runs/quickstart")
-def report(run: RunFolder) -> int:
+@app.command(epilog="Examples: rlalign report runs/quickstart  |  rlalign report runs/quickstart --trace")
+def report(
+    run: RunFolder,
+    trace: Annotated[bool, typer.Option("--trace", help="Write what every worker did when, for Perfetto.")] = False,
+    to: Annotated[Path | None, typer.Option(help="The trace's file; DIR/trace.json unless given.")] = None,
+) -> int:
     """Write a run's report.html, also while it is still going on."""
     from rlalign.commands.report import report
 
-    return report(run)
+    return report(run, trace or to is not None, to)
+
+
+@cluster.command("start", epilog="Examples: rlalign cluster start  |  rlalign cluster start --address 10.0.0.5:6379")
+def cluster_start(
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="[RAY_OPTION]...", help="After --: more for `ray start`.")
+    ] = None,
+    address: Annotated[str | None, typer.Option(help="Join the cluster of this head, HOST:PORT.")] = None,
+    port: Annotated[int | None, typer.Option(help="Of the head; 6379, or a free one.")] = None,
+    dashboard_host: Annotated[str, typer.Option(help="Wider than this machine only with a token.")] = "127.0.0.1",
+    dashboard_port: Annotated[int | None, typer.Option(help="Where jobs come in; 8265, or a free one.")] = None,
+    num_cpus: Annotated[int | None, typer.Option(min=0, help="Unless given, all.")] = None,
+    num_gpus: Annotated[int | None, typer.Option(min=0, help="Unless given, all.")] = None,
+) -> int:
+    """Start a cluster with this machine as its head, or join one."""
+    from rlalign.commands.cluster import start
+
+    return start(address, port, dashboard_host, dashboard_port, num_cpus, num_gpus, more or [])
+
+
+@cluster.command("stop")
+def cluster_stop(
+    address: Annotated[str | None, typer.Option(help="Of the cluster's head, HOST:PORT.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Of all clusters that were started here.")] = False,
+) -> int:
+    """End what `rlalign cluster start` started on this machine, and nothing else."""
+    from rlalign.commands.cluster import stop
+
+    return stop(address, every)
+
+
+@cluster.command("status")
+def cluster_status() -> int:
+    """Say what was started on this machine."""
+    from rlalign.commands.cluster import status
+
+    return status()
+
+
+@cluster.command("wait", epilog="Example: rlalign cluster wait --address 10.0.0.5:6379 --nodes 3")
+def cluster_wait(
+    address: Annotated[str, typer.Option(help="Of the cluster's head, HOST:PORT.")],
+    num_nodes: Annotated[int, typer.Option("--nodes", min=1, help="The head counts.")],
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds, after which to give up.")] = 600,
+) -> int:
+    """Wait until so many nodes of a cluster are alive."""
+    from rlalign.commands.cluster import wait
+
+    return wait(address, num_nodes, timeout)
+
+
+@cluster.command("token")
+def cluster_token() -> int:
+    """Print the path of the file with the cluster's token, which is made if there is none."""
+    from rlalign.commands.cluster import token
+
+    return token()
 
 
 @rewards.command("list")
@@ -233,5 +322,5 @@ def _usage(error: Any) -> str:
     return f"{words} (rlalign --help shows what there is)"
 
 
-def _with(overrides: list[str] | None, **options: int | None) -> list[str]:
+def _with(overrides: list[str] | None, **options: int | str | None) -> list[str]:
     return [*(overrides or []), *(f"{key}={value}" for key, value in options.items() if value is not None)]

@@ -9,6 +9,8 @@ OPERATIONAL = ("steps", "checkpoint", "reporting", "runtime")
 """Blocks and keys that do not decide the numbers ..."""
 NUMERIC = ("runtime.threads_per_worker", "runtime.max_staleness", "runtime.learners")
 """... but for these: they change the last bits, the weights that sample, or the order of a sum."""
+RESHAPES = ("runtime.learners",)
+"""Of those, what a run may change on its way: checkpoints fit any number of ranks, only the last bits differ."""
 
 
 def hashed_part(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -19,6 +21,11 @@ def hashed_part(config: Mapping[str, Any]) -> dict[str, Any]:
 def hash_of(hashed: Mapping[str, Any]) -> str:
     """SHA-256, the same on every machine."""
     return hashlib.sha256(json.dumps(hashed, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def checkpoint_hash(hashed: Mapping[str, Any]) -> str:
+    """Of what a checkpoint depends on."""
+    return hash_of({key: value for key, value in hashed.items() if key not in RESHAPES})
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,19 +1,23 @@
 """train(): prompts -> rollouts -> rewards -> advantages -> update -> publish -> record -> checkpoint."""
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
 from pydantic import Field
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.checkpoint import Files
 from rlalign.evaluation.heldout import EvaluationConfig, evaluate
-from rlalign.pipeline import Pipeline, gather
-from rlalign.policy import RolloutConfig, Variant
+from rlalign.pipeline import Pipeline, deal, gather
+from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet
 from rlalign.reporting.recorder import Recorder
-from rlalign.runtime.pool import Pool
+from rlalign.reporting.timing import Readings
+from rlalign.runtime.pool import Pool, Runtime
+from rlalign.runtime.weights import Publisher
 from rlalign.settings import Settings
 from rlalign.types import State
 
@@ -26,8 +30,7 @@ class LoopSettings(Settings):
     max_staleness: int = Field(ge=0)
     rollout: RolloutConfig
     evaluation: EvaluationConfig
-    publish: tuple[Variant, ...]
-    """Which weights the samplers need."""
+    updates_per_step: int = Field(ge=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +40,15 @@ class Parts:
     samplers: Pool
     scorers: Pool
     learners: Pool
+    publisher: Publisher
     algorithm: Algorithm
     prompts: PromptSet
     heldout: PromptSet
+    runtime: Runtime
+
+    @property
+    def pools(self) -> tuple[Pool, ...]:
+        return self.samplers, self.scorers, self.learners
 
 
 class Stopped(Exception):
@@ -49,7 +58,7 @@ class Stopped(Exception):
 def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[], bool] = lambda: False) -> None:
     """Goes on from the recorder's last checkpoint, or from step 0, to the end."""
     steps = range(restore(parts, recorder), cfg.steps)
-    publish(parts, cfg, version=steps.start)
+    parts.publisher.publish(parts.learners, parts.samplers, version=steps.start)
     pipeline = Pipeline(parts.samplers, parts.scorers, parts.prompts, cfg.rollout, cfg.seed, steps, cfg.max_staleness)
 
     if steps:
@@ -58,27 +67,19 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
         batch = pipeline.take()
         scores = gather(parts.scorers, batch)
         advantages = parts.algorithm.advantages(scores)
-        share = (batch.trajectories, advantages, step, scores.valid)
-        (metrics,) = parts.learners.get(parts.learners.scatter("update", [share]))
-        publish(parts, cfg, version=step + 1)
+        shares = deal(batch, advantages, scores.valid, parts.learners.size, cfg.updates_per_step)
+        (metrics, *_) = parts.learners.get(parts.learners.scatter("update", shares))
+        parts.publisher.publish(parts.learners, parts.samplers, version=step + 1)
         if cfg.evaluation.due(step, cfg.steps) and "kl" not in metrics:
-            (metrics["kl"],) = parts.learners.get(parts.learners.scatter("drift", [(batch.trajectories,)]))
-        recorder.step(step, scores, metrics, readings(parts))
+            (metrics["kl"], *_) = parts.learners.get(parts.learners.broadcast("drift", batch.trajectories[:1]))
+        recorder.step(step, scores, metrics, Readings.of(parts.pools, scores.stats))
         judge(parts, cfg, recorder, step + 1)
         last, stopping = step + 1 == cfg.steps, stop()
-        recorder.commit(lambda: snapshot(parts), now=last or stopping)
+        recorder.commit(lambda: snapshot(parts), partial(save_learners, parts), now=last or stopping)
         if stopping and not last:
             raise Stopped
         pipeline.release()
-
-
-def publish(parts: Parts, cfg: LoopSettings, version: int) -> None:
-    """Bytes go from the learner to the samplers; each must acknowledge the version, checksum and count it holds."""
-    (weights, *_) = parts.learners.broadcast("publish", version, cfg.publish)
-    acknowledged = parts.samplers.get(parts.samplers.hold("receive", weights))
-    expected = acknowledged[0]
-    if any(held != expected or held["version"] != version or held["tensors"] == 0 for held in acknowledged):
-        raise RuntimeError(f"samplers do not hold version {version}: {acknowledged}")
+    parts.publisher.settle(parts.samplers)
 
 
 def judge(parts: Parts, cfg: LoopSettings, recorder: Recorder, step: int) -> None:
@@ -86,32 +87,25 @@ def judge(parts: Parts, cfg: LoopSettings, recorder: Recorder, step: int) -> Non
     if cfg.evaluation.due(step, cfg.steps):
         started = time.perf_counter()
         result = evaluate(parts.samplers, parts.scorers, parts.heldout, cfg.evaluation, cfg.rollout)
-        readings(parts)  # what evaluation took belongs to no step
-        recorder.evaluation(step, result, time.perf_counter() - started)
-
-
-def readings(parts: Parts) -> dict[str, float]:
-    """Since the last call: seconds that workers were busy, and every reward's seconds, errors, timeouts and drops."""
-    names = {"rollout": ["sample"], "reward": ["score"], "update": ["update"], "publish": ["publish", "receive"]}
-    busy: Counter[str] = Counter()
-    for span in [*parts.samplers.spans(), *parts.scorers.spans(), *parts.learners.spans()]:
-        busy[span.method] += span.end - span.start
-    total = Counter({f"time/{name}_s": sum(busy[m] for m in methods) for name, methods in names.items()})
-    for stats in parts.scorers.get(parts.scorers.broadcast("stats")):
-        total.update(stats)
-    return dict(total)
+        recorder.evaluation(step, result, time.perf_counter() - started, Readings.of(parts.pools))
 
 
 def snapshot(parts: Parts) -> State:
-    """All that the next step depends on."""
-    (learner, *_) = parts.learners.get(parts.learners.broadcast("state_dict"))
-    return State.join({"learner": learner, "algorithm": parts.algorithm.state_dict()})
+    """All that the next step depends on, but for what the learners write themselves."""
+    return State.join({"algorithm": parts.algorithm.state_dict()})
+
+
+def save_learners(parts: Parts, folder: Path) -> Files:
+    """Every rank writes its files into the folder."""
+    written = parts.learners.get(parts.learners.broadcast("save", folder))
+    return {name: record for files in written for name, record in files.items()}
 
 
 def restore(parts: Parts, recorder: Recorder) -> int:
     """Loads the last valid checkpoint into the parts; the step to go on from."""
-    step, state = recorder.restore()
-    if state is not None:
-        parts.learners.get(parts.learners.broadcast("load_state_dict", state.part("learner")))
+    step, found = recorder.restore()
+    if found is not None:
+        path, state = found
+        parts.learners.get(parts.learners.broadcast("load", path))
         parts.algorithm.load_state_dict(state.part("algorithm"))
     return step

@@ -11,11 +11,15 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet
 from rlalign.runtime.pool import Pool
 from rlalign.scoring import require_valid_group
 from rlalign.types import Prompt, Scores, Unit
+from rlalign.workers.learner import turns_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +29,6 @@ class Batch:
     step: int
     units: list[Unit]
     trajectories: list[Any]  # Ref -> Trajectory
-    images: list[Any]  # Ref -> uint8 [B, (F,) 3, H, W]
     scores: list[Any]  # Ref -> Scores
 
 
@@ -73,7 +76,7 @@ class Pipeline:
             self.scorers.submit("score", images, unit, ("train",))
             for unit, (_, images) in zip(units, rollouts, strict=True)
         ]
-        return Batch(step, units, [t for t, _ in rollouts], [i for _, i in rollouts], scores)
+        return Batch(step, units, [trajectory for trajectory, _ in rollouts], scores)
 
 
 def split(
@@ -86,6 +89,31 @@ def split(
         for start in range(0, len(prompts), size)
         if (part := prompts[start : start + size])
     ]
+
+
+def deal(batch: Batch, advantages: Tensor, valid: Tensor, ranks: int, updates: int) -> list[tuple[Any, ...]]:
+    """Each learner rank's arguments of ``Learner.update``; advantages and valid are [P, G], updates those of a step.
+
+    Every optimizer step has its share of the groups, and the ranks take them in turn. A rank gets references to the
+    units that hold its groups, and to one more where it has none: passes of a sharded net need every rank.
+    """
+    if ranks == 1:
+        return [(batch.trajectories, advantages, batch.step, valid)]
+    turns = turns_of(len(advantages), updates)  # [P]
+    sizes: list[int] = turns.bincount(minlength=updates).tolist()
+    places = torch.cat([torch.arange(size) for size in sizes])  # [P] within the share of the optimizer step
+    totals = [int(valid[turns == number].sum()) for number in range(updates)]
+    of_units = torch.arange(len(advantages)).split([len(unit.groups) for unit in batch.units])
+
+    def share(rank: int) -> tuple[Any, ...]:
+        mine = places % ranks == rank  # [P]
+        needed = [number for number, groups in enumerate(of_units) if mine[groups].any()] or [0]
+        groups = torch.cat([of_units[number] for number in needed])
+        own = torch.where(mine, turns, -1)[groups]
+        references = [batch.trajectories[number] for number in needed]
+        return references, advantages[groups], batch.step, valid[groups], own, totals
+
+    return [share(rank) for rank in range(ranks)]
 
 
 def gather(scorers: Pool, batch: Batch) -> Scores:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -19,6 +19,7 @@ from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import Family
 from rlalign.models.lora import reference_weights
 from rlalign.settings import Settings
+from rlalign.sharding import cut, gathered, shard, swap
 from rlalign.types import Cond, Level, Schedule, Size, Trajectory
 
 Variant = Literal["policy", "old", "ema", "reference"]
@@ -117,6 +118,7 @@ class Policy:
         self.parameters = parameters
         self.lora = lora
         self.copies: dict[str, dict[str, Tensor]] = {}
+        self.sharded = False  # every rank of a learner group holds a part of each parameter and of each copy
         if not lora:
             self.keep("reference")
         first = next(iter(parameters.values()))
@@ -140,6 +142,12 @@ class Policy:
         elif name == "reference" and self.lora:
             with reference_weights(self.family.nets):
                 yield
+        elif self.sharded:  # the parts themselves are what a pass of the net gathers: they cannot be pointed elsewhere
+            swap(self.weights("policy"), self.copies[name])
+            try:
+                yield
+            finally:
+                swap(self.weights("policy"), self.copies[name])
         else:
             own = {key: parameter.data for key, parameter in self.parameters.items()}
             try:
@@ -156,6 +164,10 @@ class Policy:
         """The tensors themselves, by parameter name; not copies."""
         return {key: p.data for key, p in self.parameters.items()} if name == "policy" else self.copies[name]
 
+    def full_weights(self, name: str) -> dict[str, Tensor]:
+        """As ``weights``; where they are sharded gathered on every rank, and all ranks have to ask at the same time."""
+        return {key: gathered(t) for key, t in self.weights(name).items()} if self.sharded else self.weights(name)
+
     @torch.no_grad()
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Overwrites the weights under ``name``. ValueError when names or shapes are not exactly those held."""
@@ -170,7 +182,18 @@ class Policy:
             if held[key].shape != tensor.shape:
                 raise ValueError(f"weights {name!r}: {key} is {list(tensor.shape)}, not {list(held[key].shape)}")
         for key, tensor in tensors.items():  # only now: all of them or none
-            held[key].copy_(tensor)
+            held[key].copy_(cut(tensor, held[key]) if self.sharded else tensor)
+
+    def shard(self, mesh: Any) -> None:
+        """Full fine-tuning on several ranks: from here on every one holds a part, by FSDP2 over the device mesh."""
+        nets = {key.partition(".")[0]: None for key in self.parameters}
+        for name in nets:
+            shard(self.family.nets[name], mesh)
+        found = {f"{name}.{key}": p for name in nets for key, p in self.family.nets[name].named_parameters()}
+        self.parameters = {key: found[key] for key in self.parameters}
+        for copy in self.copies.values():
+            copy.update({key: cut(tensor, self.parameters[key].data) for key, tensor in copy.items()})
+        self.sharded = True
 
     # --- one guided prediction, for everyone
 

@@ -5,6 +5,7 @@ One command line starts a run, resumes it and, once it is finished, does nothing
     no run there                  -> start at step 0
     same config, not finished     -> go on from the last checkpoint, from step 0 when there is none
     same config, finished         -> ``Run.finished``: nothing to do; unless ``steps`` was raised, then it goes on
+    another number of learners    -> a warning: the last bits of what follows differ
     another config                -> ValueError that names what differs
     fresh=True                    -> the old directory is renamed to NAME.old-1 (2, 3 ...), then start at step 0
 
@@ -27,7 +28,7 @@ import yaml
 from pydantic import ValidationError
 
 from rlalign import checkpoint, machine
-from rlalign.confighash import differences, hash_of
+from rlalign.confighash import checkpoint_hash, differences, hash_of
 from rlalign.files import in_words, locked, write_atomically
 from rlalign.settings import Settings
 
@@ -79,6 +80,19 @@ class RunDir:
     @property
     def alarms(self) -> Path:
         return self.path / "alarms.jsonl"
+
+    @property
+    def spans(self) -> Path:
+        return self.path / "spans.jsonl"
+
+    @property
+    def trace(self) -> Path:
+        return self.path / "trace.json"
+
+    @property
+    def logs(self) -> Path:
+        """One file a worker."""
+        return self.path / "logs"
 
     @property
     def events(self) -> Path:
@@ -153,6 +167,13 @@ class Run:
         self.info = self.info.model_copy(update={"status": status, "step": step, "updated": _now()})
         write_atomically(self.files.info, _json(self.info.model_dump()))
 
+    def go_back(self) -> int:
+        """To the last checkpoint, where the next recorder and loop begin; how many steps lie behind the last start."""
+        before = self.step
+        own = checkpoint_hash(self.info.hashed)
+        self.step, self.checkpoint = checkpoint.latest(self.files.checkpoints, own) or (0, None)
+        return self.step - before
+
     def write_workers(self, workers: Sequence[Mapping[str, Any]]) -> None:
         """Role, pid, node and version of every worker, for those who watch from outside."""
         write_atomically(self.files.workers, _json([dict(worker) for worker in workers]))
@@ -186,7 +207,7 @@ def open_run(
             _refuse_other_config(path, old, hashed)
             if old.status == "finished" and old.step == steps:
                 return Run(path, old, steps, None, stack.pop_all())
-        step, state = _where_to_go_on(files, old, steps, hash_of(hashed))
+        step, state = _where_to_go_on(files, old, steps, checkpoint_hash(hashed))
         run = Run(path, _started(old, hashed, steps, command, step), step, state, stack)
         _write_start(run, config)
         run._held = stack.pop_all()
@@ -217,6 +238,9 @@ def _refuse_other_config(path: Path, old: RunInfo, hashed: Mapping[str, Any]) ->
     if old.config_hash == hash_of(hashed):
         return
     changes = differences(old.hashed, hashed)
+    if checkpoint_hash(old.hashed) == checkpoint_hash(hashed):
+        logger.warning("%s: the last bits of this run's numbers differ from here on", ", ".join(changes))
+        return
     more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
     raise ValueError(f"{path} holds a run with another config ({', '.join(changes[:3])}{more}); {RESCUE}")
 

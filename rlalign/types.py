@@ -5,6 +5,7 @@ Shape letters, used everywhere:
     N denoising steps · K stochastic (kept) steps · *L latent axes (C,H,W | C,F,H,W | tokens,C)
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, cast
@@ -159,6 +160,7 @@ class Scores:
     rewards: dict[str, RewardScores]
     prompts: tuple[str, ...] = ()  # P texts, for running per-prompt baselines
     distance: Tensor | None = None  # [P]   mean pairwise RMS pixel distance within each group
+    stats: Mapping[str, float] = field(default_factory=dict[str, float])  # seconds and failures of each reward
 
     @property
     def training(self) -> dict[str, RewardScores]:
@@ -178,10 +180,14 @@ class Scores:
     @staticmethod
     def concat(parts: "Sequence[Scores]") -> "Scores":
         """Scores of consecutive groups, one after the other."""
+        stats: Counter[str] = Counter()
+        for part in parts:
+            stats.update(part.stats)  # pyright: ignore[reportArgumentType]  # typeshed counts whole things only
         return Scores(
             rewards={name: _stacked([part.rewards[name] for part in parts]) for name in parts[0].rewards},
             prompts=tuple(text for part in parts for text in part.prompts),
             distance=torch.cat([part.distance for part in parts if part.distance is not None]),
+            stats=stats,
         )
 
 

@@ -24,8 +24,8 @@ def workers(parts: Parts) -> tuple[list[Sampler], Learner]:
 
 
 def built(run: Path, *overrides: str) -> tuple[list[Sampler], Learner, tuple[str, ...]]:
-    parts, settings = build(load(run, overrides))
-    return *workers(parts), settings.publish
+    parts, _ = build(load(run, overrides))
+    return *workers(parts), tuple(parts.publisher.names)
 
 
 @pytest.mark.parametrize("algorithm", ["grpo", "nft"])

@@ -15,7 +15,18 @@ import pytest
 import torch
 
 from rlalign import checkpoint
-from rlalign.checkpoint import CheckpointConfig, committed, fault, latest, load, save, sweep
+from rlalign.checkpoint import (
+    CheckpointConfig,
+    FileRecord,
+    committed,
+    fault,
+    latest,
+    load,
+    read_part,
+    save,
+    sweep,
+    write_part,
+)
 from rlalign.types import State
 
 CONFIG = "c" * 64
@@ -107,6 +118,11 @@ def wrong_step(path: Path) -> None:
     (path / "manifest.json").write_text(json.dumps({**manifest, "step": 9}))
 
 
+def other_format(path: Path) -> None:
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 1}))
+
+
 DAMAGE = {
     "policy.safetensors has the wrong SHA-256": flip_a_bit,
     "policy.safetensors has 103 bytes instead of 104": truncate,
@@ -114,6 +130,7 @@ DAMAGE = {
     "manifest.json cannot be read (No such file or directory)": lambda path: (path / "manifest.json").unlink(),
     "manifest.json makes no sense": lambda path: (path / "manifest.json").write_bytes(b"\xff{"),
     "its manifest says step 9": wrong_step,
+    "it is of format 1, and this version reads 2": other_format,
 }
 
 
@@ -164,6 +181,26 @@ def test_a_sound_one_is_left_alone_and_a_broken_one_replaced(tmp_path: Path) -> 
     flip_a_bit(tmp_path / "step_000010")
     put(tmp_path, 10)
     assert fault(tmp_path / "step_000010", CONFIG) is None
+
+
+def test_parts_that_others_write_belong_to_it(tmp_path: Path) -> None:
+    part = State({"policy/w": torch.arange(3.0), "ema/w": torch.zeros(3)}, {"updates": 5})
+    path = save(tmp_path, 5, state(), 1, CONFIG, others=lambda folder: write_part(folder, "learner", part))
+    assert load(path, without="learner").values == state().values
+    whole = load(path)
+    assert whole.tensors.keys() == state().tensors.keys() | {"learner/policy/w", "learner/ema/w"}
+    for found in (whole.part("learner"), read_part(path, "learner")):
+        assert found.values == part.values and torch.equal(found.tensors["policy/w"], part.tensors["policy/w"])
+    (path / "learner.json").unlink()
+    assert fault(path) == "learner.json is missing"
+
+
+def test_what_others_say_they_wrote_has_to_be_there(tmp_path: Path) -> None:
+    put(tmp_path, 8)
+    elsewhere = {"learner.json": FileRecord(bytes=2, sha256="0" * 64)}
+    with pytest.raises(ValueError, match=r"learner.json is not what .* must be on a disk that all share"):
+        save(tmp_path, 10, state(), 1, CONFIG, others=lambda folder: elsewhere)
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000008"]
 
 
 def test_sweeping_removes_only_rubbish(tmp_path: Path) -> None:

@@ -342,6 +342,16 @@ def test_plan_estimates_memory(capsys: Capture):
     assert found and 0 <= float(found[1]) < 1
 
 
+def test_plan_divides_gpus_by_passes_or_by_what_a_run_measured(capsys: Capture):
+    done = call(capsys, "plan", "run.yaml", "--gpus", "4")
+    assert done.code == 0 and "sampling 40%, updating 60%, by passes" in done.out
+    assert re.search(r"4 GPUs, max_staleness 1: 2 samplers, 1 scorer, 2 learners \(idle: .*\); 3.3 times as", done.out)
+    call(capsys, "train", "run.yaml")
+    assert "as this run measured" in call(capsys, "plan", "runs/run", "--gpus", "4").out
+    refused = call(capsys, "plan", "run.yaml", "--gpus", "0")
+    assert refused.code == 2 and "--gpus" in refused.complaints[0]
+
+
 def test_doctor(capsys: Capture):
     done = call(capsys, "doctor")
     assert done.code == 0

@@ -12,7 +12,7 @@ from torch import Tensor
 from rlalign.build import build
 from rlalign.checkpoint import load
 from rlalign.config import resolve
-from rlalign.loop import Stopped, publish, train
+from rlalign.loop import Stopped, train
 from rlalign.pipeline import Pipeline, split
 from rlalign.reporting.recorder import Recorder
 from rlalign.reporting.watch import Watch, WatchConfig
@@ -150,11 +150,11 @@ def test_a_sampler_that_holds_something_else_is_named(place: Path) -> None:
         "algorithm": "grpo",
         "runtime": {"samplers": 2},
     }
-    parts, settings = build(resolve(tree, place, "test"))
+    parts, _ = build(resolve(tree, place, "test"))
     pool: Any = parts.samplers
-    pool.workers[1].receive = lambda weights: {"version": 0, "checksum": 0, "tensors": 0}
+    pool.workers[1].receive = lambda manifest, buckets: {"version": 0, "checksum": 0, "tensors": 0}
     with pytest.raises(RuntimeError, match="do not hold version 1"):
-        publish(parts, settings, version=1)
+        parts.publisher.publish(parts.learners, parts.samplers, version=1)
 
 
 def test_a_batch_split_over_samplers_is_the_same_batch(place: Path) -> None:
@@ -169,6 +169,7 @@ def test_a_batch_split_over_samplers_is_the_same_batch(place: Path) -> None:
     for samplers in (1, 2, 4):
         config = resolve({**tree, "runtime": {"samplers": samplers}}, place, "test")
         parts, settings = build(config)
+        parts.publisher.publish(parts.learners, parts.samplers, version=0)
         batch = Pipeline(parts.samplers, parts.scorers, parts.prompts, settings.rollout, 0, range(1), 0).take()
         trajectories = parts.samplers.get(batch.trajectories)
         finals.append(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rlalign import checkpoint, machine
-from rlalign.confighash import differences, hash_of, hashed_part
+from rlalign.confighash import checkpoint_hash, differences, hash_of, hashed_part
 from rlalign.rundir import Run, RunDir, open_run
 from rlalign.types import State
 
@@ -118,6 +118,23 @@ def test_machines_and_intervals_may_change_but_not_what_decides_numbers(tmp_path
     start(tmp_path, runtime={"kind": "ray", "samplers": 8, "threads_per_worker": 1}, checkpoint={"every": 5}).close()
     with pytest.raises(ValueError, match=r"runtime.threads_per_worker was 1 and is 2"):
         start(tmp_path, runtime={"kind": "local", "threads_per_worker": 2})
+
+
+def test_the_number_of_learners_may_change_with_a_word_about_the_last_bits(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with start(tmp_path, runtime={"learners": 2}) as run:
+        checkpoint.save(run.files.checkpoints, 5, State(), 3, checkpoint_hash(run.info.hashed))
+    with caplog.at_level("WARNING"):
+        start(tmp_path, runtime={"learners": 1}).close()
+    assert caplog.messages == [
+        "runtime.learners was 2 and is 1: the last bits of this run's numbers differ from here on"
+    ]
+    caplog.clear()
+    with start(tmp_path, runtime={"learners": 1}) as run:
+        assert run.step == 5 and run.info.hashed["runtime.learners"] == 1 and caplog.messages == []
+    with pytest.raises(ValueError, match=r"another config \(runtime.learners was 1 and is 2, seed was 0"):
+        start(tmp_path, runtime={"learners": 2}, seed=1)
 
 
 def test_fresh_moves_the_old_run_aside(tmp_path: Path) -> None:

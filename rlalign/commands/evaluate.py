@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from math import isfinite
 from pathlib import Path
 
@@ -10,24 +11,29 @@ from rlalign.commands.problems import in_preparation, in_training
 from rlalign.commands.runs import Weights, config_of, is_run, newest
 from rlalign.evaluation.heldout import evaluate as evaluate_heldout
 from rlalign.files import write_atomically
-from rlalign.loop import publish
 from rlalign.reporting.grids import save_grid
 
 
 def evaluate(target: str, overrides: Sequence[str], weights: Weights | None, to: Path | None) -> int:
+    with ExitStack() as stack:
+        return _evaluate(target, overrides, weights, to, stack)
+
+
+def _evaluate(target: str, overrides: Sequence[str], weights: Weights | None, to: Path | None, stack: ExitStack) -> int:
     with in_preparation():
         chosen = [f"evaluation.weights={weights}"] if weights else []
         config = config_of(target, [*overrides, *chosen])
-        parts, settings = build(config)
+        parts, _ = build(config)
+        stack.callback(parts.runtime.close)
         step = 0
         if is_run(target):
-            step, state = newest(Path(target))
-            parts.learners.get(parts.learners.broadcast("load_state_dict", state))
+            step, path = newest(Path(target))
+            parts.learners.get(parts.learners.broadcast("load", path))
         folder = to or Path("evaluations") / f"{Path(target).stem}_step_{step:06d}"
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder with --to")
     with in_training():
-        publish(parts, settings, version=step)
+        parts.publisher.publish(parts.learners, parts.samplers, version=step)
         result = evaluate_heldout(parts.samplers, parts.scorers, parts.heldout, config.evaluation, config.rollout)
     with in_preparation():
         folder.mkdir(parents=True, exist_ok=True)

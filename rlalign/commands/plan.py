@@ -6,6 +6,7 @@ real model where that is small, or when asked for.
 """
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,15 +19,19 @@ from rlalign import machine, plugins
 from rlalign.algorithms.base import Algorithm
 from rlalign.build import load_policy, make_algorithm
 from rlalign.checks import warnings
+from rlalign.commands import split
 from rlalign.commands.problems import in_preparation
-from rlalign.commands.runs import config_of
+from rlalign.commands.runs import config_of, is_run
 from rlalign.config import RunConfig
 from rlalign.mdp.noise import Noise
 from rlalign.models import analytic, lora
 from rlalign.models.base import torch_dtype
 from rlalign.paths import model_path
+from rlalign.pipeline import split as batch_units
 from rlalign.policy import Policy
 from rlalign.prompts import PromptSet
+from rlalign.reporting.spans import read_spans
+from rlalign.rundir import RunDir
 from rlalign.types import Prompt, Trajectory, Unit
 from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
@@ -43,6 +48,11 @@ class Passes:
     rollout: float
     trained: float  # forward and backward
     compared: float  # forward only: old policy, reference
+
+    @property
+    def learnt(self) -> float:
+        """What an update costs, in forward passes: a backward one is worth two."""
+        return 3 * self.trained + self.compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +71,7 @@ class Kept:
     trajectory: int
 
 
-def plan(target: str, overrides: Sequence[str], measure: bool) -> int:
+def plan(target: str, overrides: Sequence[str], measure: bool, gpus: int | None = None) -> int:
     with in_preparation():
         config = config_of(target, overrides)
         algorithm = make_algorithm(config)
@@ -76,11 +86,13 @@ def plan(target: str, overrides: Sequence[str], measure: bool) -> int:
     if policy is not None:
         weights = Weights(weights.all, _size(policy.parameters.values()))
     kept = measure_kept(config, policy) if policy is not None else None
+    passes = count_passes(config, algorithm)
     lines = [
         ("model", f"{config.model.family} {config.model.path}, {config.model.dtype}"),
         ("prompts", f"{len(train.prompts):,} to learn on, {len(heldout.prompts):,} held out"),
         ("rewards", ", ".join(f"{r.name} ({r.role}, weight {r.weight:g})" for r in config.rewards)),
-        *_work(config, count_passes(config, algorithm)),
+        *_work(config, passes),
+        *_split(config, target, passes, gpus),
         *_memory(config, algorithm, weights, kept),
     ]
     for name, words in lines:
@@ -113,6 +125,25 @@ def _work(config: RunConfig, passes: Passes) -> Iterator[tuple[str, str]]:
     total = config.steps * (passes.rollout * images + learnt) + judged
     share = f"{total:,.0f} passes of the network, {judged / total:.0%} of them for evaluation"
     yield "in all", f"{config.steps} steps, {config.steps * images:,} images, {share}"
+
+
+def _split(config: RunConfig, target: str, passes: Passes, gpus: int | None) -> Iterator[tuple[str, str]]:
+    """How many of what, from a run's own times, or from the passes where there are none."""
+    rollout = config.rollout
+    images, groups = rollout.prompts_per_step * rollout.samples_per_prompt, rollout.prompts_per_step
+    units = len(batch_units(0, (Prompt(""),) * groups, rollout.samples_per_prompt, rollout.micro_batch))
+    spans = read_spans(RunDir(Path(target)).spans) if is_run(target) else []
+    work = split.measured(spans, units, groups)
+    yield "time", split.in_words(work) if work else split.estimated_in_words(passes.rollout, passes.learnt)
+    work = work or split.Work(passes.rollout * images, 0.0, passes.learnt * images, units, groups)
+    yield from zip(("split", "", ""), split.lines(work, config.runtime, _places(config, gpus)), strict=False)
+
+
+def _places(config: RunConfig, gpus: int | None) -> split.Places:
+    count = torch.cuda.device_count() if gpus is None else gpus
+    if count:
+        return split.Places(count, "GPU", config.runtime.gpus_per_scorer)
+    return split.Places(max(2, (os.cpu_count() or 1) // config.runtime.threads_per_worker), "CPU", 1.0)
 
 
 def count_passes(config: RunConfig, algorithm: Algorithm) -> Passes:

@@ -16,10 +16,14 @@ class BadInput(Exception):
 @contextmanager
 def in_preparation() -> Iterator[None]:
     """Reading, checking, loading and building: a ValueError that our own code raised is the user's to put right."""
+    from rlalign.runtime.pool import WorkerFailure
+
     try:
         yield
     except OSError as error:
         raise BadInput(_refused(error)) from error
+    except WorkerFailure as error:
+        raise BadInput(_one_line(error)) from error
     except ValueError as error:
         if not _raised_by_us(error):
             raise
@@ -31,12 +35,13 @@ def in_training() -> Iterator[None]:
     """While the loop runs: a reward's failure, diverged weights, and what the disk or the GPU refuses."""
     import torch
 
+    from rlalign.runtime.pool import WorkerFailure
     from rlalign.scoring import RewardError
     from rlalign.workers.learner import Diverged
 
     try:
         yield
-    except RewardError as error:
+    except (RewardError, WorkerFailure) as error:
         raise BadInput(_one_line(error)) from error
     except Diverged as error:
         raise BadInput(f"{_one_line(error)}; go on from the last checkpoint with a lower optimizer.lr") from error
@@ -58,6 +63,9 @@ def _refused(error: OSError) -> str:
 
 
 def _raised_by_us(error: BaseException) -> bool:
+    elsewhere = getattr(error, "raised_in", None)  # a worker process, whose traceback stays there
+    if elsewhere is not None:
+        return any(Path(elsewhere).is_relative_to(home) for home in OURS)
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

@@ -10,7 +10,6 @@ from rlalign.build import load_policy
 from rlalign.config import RunConfig, find, load, resolve
 from rlalign.policy import Policy
 from rlalign.rundir import RunDir
-from rlalign.types import State
 
 Weights = Literal["policy", "ema"]
 
@@ -38,17 +37,18 @@ def is_run(target: str) -> bool:
     return Path(target).is_dir()
 
 
-def newest(folder: Path) -> tuple[int, State]:
-    """The updates done and the learner's state; ValueError when there is no checkpoint."""
+def newest(folder: Path) -> tuple[int, Path]:
+    """The updates done and where their sound checkpoint is; ValueError when there is none."""
     found = checkpoint.latest(RunDir(folder).checkpoints)
     if found is None:
         raise ValueError(f"{folder} has no checkpoint yet")
-    return found[0], checkpoint.load(found[1]).part("learner")
+    return found[0], found[1].absolute()
 
 
 def trained(folder: Path, config: RunConfig, wanted: Weights | None = None) -> Trained:
     """The run's model with ``wanted`` weights: the average if one is kept, else the policy, unless said otherwise."""
-    step, state = newest(folder)
+    step, path = newest(folder)
+    state = checkpoint.read_part(path, checkpoint.LEARNER)
     kept = state.part("ema").tensors
     if wanted == "ema" and not kept:
         raise ValueError(f"{folder} keeps no ema; use --weights policy, or train with ema={{decay: 0.9, every: 8}}")

@@ -1,16 +1,15 @@
 """train and resume: the same thing, told from where."""
 
 import os
-import platform
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from rlalign.build import build
+from rlalign.build import build, make_algorithm
 from rlalign.checks import warnings
 from rlalign.commands.problems import in_preparation, in_training
 from rlalign.commands.runs import config_of_run
@@ -25,6 +24,7 @@ from rlalign.reporting.report import write_report
 from rlalign.reporting.sinks import make_sinks
 from rlalign.reporting.watch import Watch, WatchConfig
 from rlalign.rundir import Run, RunDir, open_run
+from rlalign.runtime.pool import LearnersLost, Runtime
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -57,7 +57,7 @@ def run(config: RunConfig, folder: Path, fresh: bool) -> int:
             for doubt in warnings(config):
                 print(f"warning: {doubt}", file=sys.stderr)
             parts, settings = build(config)
-            stack.callback(_close, parts)
+            stack.callback(parts.runtime.close)
             current = opened or stack.enter_context(_open(config, folder, fresh))
         return _train(config, parts, settings, current, asked)
 
@@ -91,11 +91,23 @@ def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run
 
 def _loop(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run, asked: "Interrupts") -> None:
     with Progress(config.steps, current.step) as progress, in_training(), asked.patiently():
-        recorder = _recorder(config, current, Display(progress, current, config))
-        try:
-            run_loop(parts, settings, recorder, asked.stop)
-        finally:
-            recorder.close()
+        display = Display(progress, current, parts.runtime)
+        parts.runtime.follow(current.files.logs, display.workers_changed)
+        losses = 0
+        while True:
+            recorder = _recorder(config, current, display)
+            try:
+                return run_loop(parts, settings, recorder, asked.stop)
+            except LearnersLost as error:
+                losses = losses + 1 if current.go_back() == 0 else 1
+                if losses > config.runtime.restarts:
+                    raise
+                print(f"warning: {error}; going on from step {current.step} with new learners", file=sys.stderr)
+                parts.runtime.recover()
+                parts.publisher.forget()
+                parts = replace(parts, algorithm=make_algorithm(config))
+            finally:
+                recorder.close()
 
 
 def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:
@@ -109,23 +121,20 @@ def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:
 class Display:
     """Shows the run to a person, and its workers to those who watch from outside."""
 
-    def __init__(self, progress: Progress, current: Run, config: RunConfig) -> None:
-        self.progress, self.run, self.config = progress, current, config
-        self._write_workers(current.step)
+    def __init__(self, progress: Progress, current: Run, runtime: Runtime) -> None:
+        self.progress, self.run, self.runtime, self.version = progress, current, runtime, current.step
+        self.workers_changed()
 
     def evaluated(self, step: int, metrics: Mapping[str, float]) -> None:
         self.progress.evaluated(step, metrics)
 
     def row(self, row: Mapping[str, float]) -> None:
         self.progress.row(row)
-        self._write_workers(int(row["step"]) + 1)
+        self.version = int(row["step"]) + 1
+        self.workers_changed()
 
-    def _write_workers(self, version: int) -> None:
-        runtime = self.config.runtime
-        counts = {"sampler": runtime.samplers, "scorer": runtime.scorers, "learner": 1}
-        here: dict[str, Any] = {"pid": os.getpid(), "node": platform.node()}
-        workers = [{"role": role, "index": index} for role, count in counts.items() for index in range(count)]
-        self.run.write_workers([{**worker, **here, "version": version} for worker in workers])
+    def workers_changed(self) -> None:
+        self.run.write_workers([{**member, "version": self.version} for member in self.runtime.members()])
 
 
 class Interrupts:
@@ -166,11 +175,6 @@ class Interrupts:
         self.signal = signal.Signals(number)
         # os.write, since the signal may have come in the middle of a print.
         os.write(2, b"\nfinishing this step, then saving; once more to end at once\n")
-
-
-def _close(parts: Parts) -> None:
-    for pool in (parts.samplers, parts.scorers, parts.learners):
-        pool.close()
 
 
 def write_pages(folder: Path) -> None:

@@ -66,8 +66,8 @@ def _reward_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: Map
     figure, axes = _axes()
     _draw(axes, _thinned(train), GREY, "training prompts", thin=True)
     _draw(axes, evaluated, COLOURS[0], "held-out prompts")
-    _legend(figure)
-    return Chart("Reward", _uri(figure), _explanations(names, more))
+    legend(figure)
+    return Chart("Reward", as_uri(figure), _explanations(names, more))
 
 
 def _diversity_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: Mapping[str, str]) -> Chart | None:
@@ -78,8 +78,8 @@ def _diversity_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: 
     axes.axhline(LEAST_DIVERSITY, color=COLOURS[4], linewidth=1, linestyle="--", label=f"alarm below {LEAST_DIVERSITY}")
     _draw(axes, _thinned(train), GREY, "training prompts", thin=True)
     _draw(axes, evaluated, COLOURS[0], "held-out prompts")
-    _legend(figure)
-    return Chart("Diversity, base = 1", _uri(figure), _explanations(("diversity", "eval/diversity"), more))
+    legend(figure)
+    return Chart("Diversity, base = 1", as_uri(figure), _explanations(("diversity", "eval/diversity"), more))
 
 
 def _time_chart(rows: Sequence[Row], more: Mapping[str, str]) -> Chart | None:
@@ -91,8 +91,8 @@ def _time_chart(rows: Sequence[Row], more: Mapping[str, str]) -> Chart | None:
     stack = [[row.get(name) or 0.0 for row in kept.values()] for name in names]
     labels = [name.removeprefix("time/").removesuffix("_s") for name in names]
     axes.stackplot(list(kept), stack, labels=labels, colors=COLOURS[: len(names)], alpha=0.8, linewidth=0)
-    _legend(figure)
-    return Chart("Seconds a step", _uri(figure), _explanations(names, more))
+    legend(figure)
+    return Chart("Seconds a step", as_uri(figure), _explanations(names, more))
 
 
 def _lines(title: str, series: Mapping[str, Mapping[int, float]], more: Mapping[str, str]) -> Chart | None:
@@ -104,8 +104,8 @@ def _lines(title: str, series: Mapping[str, Mapping[int, float]], more: Mapping[
     for index, (name, by_step) in enumerate(present.items()):
         _draw(axes, _thinned(by_step), COLOURS[index % len(COLOURS)], _label(name))
     if len(present) > 1:
-        _legend(figure)
-    return Chart(title, _uri(figure), _explanations(list(present), more))
+        legend(figure)
+    return Chart(title, as_uri(figure), _explanations(list(present), more))
 
 
 def _draw(axes: Axes, series: Mapping[int, float], colour: str, label: str, thin: bool = False) -> None:
@@ -116,7 +116,7 @@ def _draw(axes: Axes, series: Mapping[int, float], colour: str, label: str, thin
     axes.plot(list(series), list(series.values()), color=colour, label=label, linewidth=width, marker=marker, ms=size)
 
 
-def _legend(figure: Figure) -> None:
+def legend(figure: Figure) -> None:
     """Above the curves, never over them."""
     figure.legend(loc="outside upper left", ncols=3, frameon=False, labelcolor=GREY, fontsize=9)
 
@@ -134,7 +134,7 @@ def _axes() -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _uri(figure: Figure) -> str:
+def as_uri(figure: Figure) -> str:
     buffer = io.BytesIO()
     with mpl.rc_context({"svg.hashsalt": "rlalign"}):  # the same numbers give the same bytes
         figure.savefig(buffer, format="svg", metadata={"Date": None})

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -10,14 +11,17 @@ import torch
 from rlalign import checkpoint
 from rlalign.algorithms.advantages import flat
 from rlalign.checkpoint import CheckpointConfig
-from rlalign.confighash import hash_of
+from rlalign.confighash import checkpoint_hash
 from rlalign.evaluation.heldout import Evaluation
 from rlalign.reporting.alarms import AlarmLog
 from rlalign.reporting.grids import save_grid
 from rlalign.reporting.metrics import MetricsLog
+from rlalign.reporting.spans import SpanLog
+from rlalign.reporting.timing import Readings, step_times
 from rlalign.reporting.watch import Watch
 from rlalign.rundir import Run
-from rlalign.types import Scores, State
+from rlalign.runtime.pool import DRIVER
+from rlalign.types import Scores, Span, State
 
 
 class Display(Protocol):
@@ -45,6 +49,7 @@ class Recorder:
         self.run, self.steps, self.config, self.watch, self.display = run, steps, config, watch, display
         self.metrics = MetricsLog(run.files.metrics, run.step, steps, sinks)
         self.alarms = AlarmLog(run.files.alarms, run.step, steps)
+        self.spans = SpanLog(run.files.spans)
         self.base = Base()
         self.scores: dict[int, float] = {}  # the metric that chooses the best checkpoint, by step
         self.evaluated: dict[str, float] = {}  # waits for the row that it belongs to
@@ -52,18 +57,20 @@ class Recorder:
         self.images = 0
         self.started = time.perf_counter()
 
-    def restore(self) -> tuple[int, State | None]:
-        """The step to go on from, and the state of the parts after the updates before it."""
+    def restore(self) -> tuple[int, tuple[Path, State] | None]:
+        """The step to go on from; the checkpoint after the updates before it, and its state without the learners'."""
         if self.run.checkpoint is None:
             return 0, None
-        state = checkpoint.load(self.run.checkpoint)
+        state = checkpoint.load(self.run.checkpoint, without=checkpoint.LEARNER)
         mine = state.values["recorder"]
         self.base, self.images = Base(**mine["base"]), mine["images"]
         self.scores = {int(step): value for step, value in mine["scores"].items()}
-        return self.run.step, state
+        return self.run.step, (self.run.checkpoint.absolute(), state)
 
-    def evaluation(self, step: int, result: Evaluation, seconds: float) -> None:
+    def evaluation(self, step: int, result: Evaluation, seconds: float, readings: Readings) -> None:
         """Of the weights before update ``step``; the row of that step, or the last, will hold it."""
+        now = time.time()
+        self.spans.write([*readings.spans, Span(DRIVER, "evaluation", now - seconds, now, step)])
         metrics = dict(result.metrics)
         if self.base.heldout_distance is None:
             self.base.heldout_distance = metrics["distance"]
@@ -77,9 +84,10 @@ class Recorder:
         self.evaluated = {f"eval/{name}": value for name, value in metrics.items()} | {"time/eval_s": seconds}
         self.started = time.perf_counter()  # the seconds of a step are those of training
 
-    def step(self, step: int, scores: Scores, metrics: Mapping[str, float], seconds: Mapping[str, float]) -> None:
+    def step(self, step: int, scores: Scores, metrics: Mapping[str, float], readings: Readings) -> None:
         """All that is known of a step but a final evaluation."""
-        elapsed = time.perf_counter() - self.started
+        elapsed, now = time.perf_counter() - self.started, time.time()
+        window = (now - elapsed, now)
         self.images += scores.total.numel()
         self.row = {
             "step": step,
@@ -87,7 +95,8 @@ class Recorder:
             **self._diversity(scores),
             **metrics,
             **self.evaluated,
-            **seconds,
+            **readings.counts,
+            **step_times(readings, window),
             "images": self.images,
             "images_per_s": scores.total.numel() / elapsed,
             "time/step_s": elapsed,
@@ -95,26 +104,29 @@ class Recorder:
         self.evaluated = {}
         self._alarm(step, self.watch.step(self.row))
         self.display.row(self.row)
+        self.spans.write([*readings.spans, Span(DRIVER, "step", *window, step)])
 
-    def commit(self, state: Callable[[], State], now: bool) -> None:
-        """Writes the row; and a checkpoint of the state after it when one is due, or ``now``."""
+    def commit(self, state: Callable[[], State], others: Callable[[Path], checkpoint.Files], now: bool) -> None:
+        """Writes the row; and a checkpoint when one is due, or ``now``: the state after it, and what others write."""
+        begun, step = time.time(), int(self.row["step"])
         self.metrics.write(self.row)
-        step = int(self.row["step"])
         if self.config.keep_best in self.row:
             self.scores[step] = self.row[self.config.keep_best]
         if now or (step + 1) % self.config.every == 0:
-            self._save(step + 1, state())
+            self._save(step + 1, state(), others)
+        self.spans.write([Span(DRIVER, "commit", begun, time.time(), step)])
         self.started = time.perf_counter()
 
     def close(self) -> None:
         self.metrics.close()
+        self.spans.close()
 
-    def _save(self, done: int, state: State) -> None:
+    def _save(self, done: int, state: State, others: Callable[[Path], checkpoint.Files]) -> None:
         scores = {str(step): value for step, value in self.scores.items()}
         mine = {"base": asdict(self.base), "images": self.images, "scores": scores}
         whole = State(state.tensors, {**state.values, "recorder": mine})
-        config_hash = hash_of(self.run.info.hashed)
-        checkpoint.save(self.run.files.checkpoints, done, whole, self.config.keep, config_hash, self.scores)
+        config_hash, keep = checkpoint_hash(self.run.info.hashed), self.config.keep
+        checkpoint.save(self.run.files.checkpoints, done, whole, keep, config_hash, self.scores, others)
         self.run.mark("running", done)
 
     def _diversity(self, scores: Scores) -> dict[str, float]:

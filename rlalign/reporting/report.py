@@ -5,6 +5,8 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import jinja2
 import yaml
@@ -12,16 +14,44 @@ from PIL import Image
 
 from rlalign.files import in_words, write_atomically
 from rlalign.reporting import summary
+from rlalign.reporting.advice import advice
 from rlalign.reporting.alarms import read_alarms
-from rlalign.reporting.charts import charts
+from rlalign.reporting.charts import Chart, charts
 from rlalign.reporting.glossary import explain
 from rlalign.reporting.grids import label, saved
 from rlalign.reporting.metrics import Row, read
+from rlalign.reporting.spans import read_spans
+from rlalign.reporting.timeline import timeline
+from rlalign.reporting.timing import PHASES, Split, by_role, splits, step_windows, within
 from rlalign.rundir import RunDir
+from rlalign.types import Span
 
 MOST_GRIDS = 10
+TIMED_STEPS = 20
+PARTS = (*PHASES, "other", "idle")
 LARGE = 1_500_000
 """Bytes above which a grid is embedded as a JPEG."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where the time of the last steps went."""
+
+    steps: int
+    advice: str | None
+    picture: Chart | None
+    roles: list["TimeRow"]
+    workers: list["TimeRow"]
+
+
+@dataclass(frozen=True, slots=True)
+class TimeRow:
+    """Shares of a role's or a worker's time, in words; ``parts`` are those of ``PARTS``."""
+
+    name: str
+    count: int
+    busy: str
+    parts: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +76,7 @@ def write_report(run_dir: Path, more: Mapping[str, str] | None = None) -> Path:
         cards=summary.cards(rows, held_out, config),
         alarms=read_alarms(run.alarms),
         charts=charts(rows, held_out, more),
+        timing=_timing(read_spans(run.spans), config),
         grids=_grids(run.samples),
         rewards=[change for change in changed if not change.name.startswith("task/")],
         tasks=[change for change in changed if change.name.startswith("task/")],
@@ -54,6 +85,25 @@ def write_report(run_dir: Path, more: Mapping[str, str] | None = None) -> Path:
     )
     write_atomically(run.report, page.encode())
     return run.report
+
+
+def _timing(spans: Sequence[Span], config: Mapping[str, Any]) -> Timing | None:
+    windows = step_windows(spans, last=TIMED_STEPS)
+    if not windows:
+        return None
+    roles = by_role(splits(within(spans, windows), windows))
+    staleness = (config.get("runtime") or {}).get("max_staleness", 0)
+    whole = [_time_row(name, found) for name, found in roles.items()]
+    single = [_time_row(one.worker, [one]) for found in roles.values() for one in found]
+    return Timing(len(windows), advice(roles, staleness), timeline(spans), whole, single)
+
+
+def _time_row(name: str, found: Sequence[Split]) -> TimeRow:
+    busy = [one.busy for one in found]
+    spread = f" ({min(busy):.0%} to {max(busy):.0%})" if len(found) > 1 else ""
+    parts = [fmean(one.phases.get(phase, 0.0) for one in found) for phase in PHASES]
+    parts += [fmean(one.other for one in found), fmean(one.idle for one in found)]
+    return TimeRow(name, len(found), f"{fmean(busy):.0%}{spread}", [f"{p:.0%}" if p >= 0.005 else "" for p in parts])
 
 
 def _template() -> jinja2.Template:
@@ -65,6 +115,7 @@ def _template() -> jinja2.Template:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": summary.number, "signed": summary.signed}
+    environment.globals["PARTS"] = PARTS
     return environment.get_template("report.html.jinja")
 
 

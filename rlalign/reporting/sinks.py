@@ -1,4 +1,4 @@
-"""Other places for the rows of metrics.jsonl: TensorBoard, and Weights & Biases when asked for."""
+"""Other places for the rows of metrics.jsonl: TensorBoard, Weights & Biases when asked for, Prometheus through Ray."""
 
 import importlib.util
 import re
@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.files import in_words
+from rlalign.reporting.metrics import Sink
 from rlalign.rundir import Run
+from rlalign.runtime.telemetry import telemetry
 from rlalign.settings import Settings
 
 
@@ -57,12 +59,14 @@ class Wandb:
         self.run.finish()
 
 
-def make_sinks(settings: ReportingConfig, run: Run, config: Mapping[str, Any]) -> list[TensorBoard | Wandb]:
-    """The sinks that were asked for, going on where the run goes on."""
-    sinks: list[TensorBoard | Wandb] = []
+def make_sinks(settings: ReportingConfig, run: Run, config: Mapping[str, Any]) -> list[Sink]:
+    """The sinks that were asked for, going on where the run goes on; Prometheus' only where Ray runs."""
+    sinks: list[Sink] = []
     if settings.wandb is not None:
         started = re.sub(r"\D", "", run.info.created)
         sinks.append(Wandb(settings.wandb, f"{run.files.path.name}-{started}", config, run.files.path))
     if settings.tensorboard:
         sinks.append(TensorBoard(run.files.events, run.step))
+    if (config.get("runtime") or {}).get("kind") == "ray":
+        sinks.append(telemetry(run.files.path.name))
     return sinks

@@ -33,19 +33,22 @@ class RuntimeConfig(Settings):
     cpus_per_worker: float = Field(default=1.0, ge=0)
     """CPUs that a worker reserves on a cluster."""
     gpus_per_sampler: float | None = Field(default=None, ge=0)
-    """GPUs of each sampler, fractions allowed; null: 1 where the cluster has GPUs, else 0."""
+    """GPUs of each sampler, fractions allowed; null: 1 where the cluster has GPUs (0.5 colocated), else 0."""
     gpus_per_scorer: float = Field(default=0.0, ge=0)
     """GPUs of each scorer; 0.25 lets four share one. Shares are bookkeeping: they do not limit GPU memory."""
     gpus_per_learner: float | None = Field(default=None, ge=0)
-    """GPUs of each learner rank, fractions allowed; null: 1 where the cluster has GPUs, else 0."""
+    """GPUs of each learner rank, fractions allowed; null: 1 where the cluster has GPUs (0.5 colocated), else 0."""
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
-    """colocated: sampler i shares a machine and GPU with learner rank i; their shares must add up to at most 1."""
+    """colocated: sampler i shares a machine and GPU with learner rank i, as many of one as of the other; their shares
+    must add up to at most 1."""
     sampler_labels: Labels = Field(default_factory=dict)
     """Only on machines with these Ray labels, such as {gpu: h100}."""
     scorer_labels: Labels = Field(default_factory=dict)
     """The same for scorers."""
     learner_labels: Labels = Field(default_factory=dict)
     """The same for learner ranks."""
+    join_timeout_s: float = Field(default=0.0, ge=0)
+    """How long to wait at the start for machines that are still to join, by an autoscaler or a scheduler."""
     scorer_memory_gib: float | None = Field(default=None, gt=0)
     """What a scorer process may allocate before its reward gets a MemoryError; null: no limit. CPU rewards only."""
     transport: Literal["object_store", "collective"] = "object_store"

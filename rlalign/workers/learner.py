@@ -3,19 +3,26 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlalign import checkpoint
 from rlalign.algorithms.base import Algorithm
+from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.settings import Settings
+from rlalign.sharding import gathered
 from rlalign.types import State, Trajectory
+from rlalign.workers.broadcast import Broadcast
+from rlalign.workers.canary import Canary
+from rlalign.workers.group import Group, sum_gradients
 from rlalign.workers.sampler import in_micro_batches
-from rlalign.workers.weights import Weights
+from rlalign.workers.weights import Manifest, Memory, describe, pack
 
 
 class OptimizerConfig(Settings):
@@ -47,7 +54,11 @@ class Diverged(ArithmeticError):
 
 
 class Learner:
-    """Plain class: owns the policy's weights, their optimizer and the copies (old, ema)."""
+    """Plain class: owns the policy's weights, their optimizer and the copies (old, ema).
+
+    With a ``group`` it is one rank of several, and everything it does all ranks have to do at the same time. Each takes
+    its own share of a batch. Adapters are the same on every rank, whole nets are cut into parts (FSDP2).
+    """
 
     def __init__(
         self,
@@ -57,13 +68,19 @@ class Learner:
         optimizer: OptimizerConfig,
         ema: EmaConfig | None,
         updates_per_step: int = 1,
+        group: Group | None = None,
     ) -> None:
         self.policy = policy
+        self.group = group or Group()
+        if self.group.size > 1 and not policy.lora:
+            policy.shard(self.group.mesh())
         self.algorithm = algorithm
         self.noise = noise
         self.config = optimizer
         self.ema = ema
         self.updates_per_step = updates_per_step
+        self.canary, self.memory, self.broadcast = Canary(policy, noise), Memory(), Broadcast()
+        self.packed: list[Tensor] = []  # buckets of the last version, for the broadcast
         self.updates = 0
         self.num_weights = sum(parameter.numel() for parameter in policy.parameters.values())
         self.optimizer = torch.optim.AdamW(
@@ -80,25 +97,39 @@ class Learner:
             policy.keep("ema")
 
     def update(
-        self, trajectories: Sequence[Trajectory], advantages: Tensor, version: int, valid: Tensor | None = None
+        self,
+        trajectories: Sequence[Trajectory],
+        advantages: Tensor,
+        version: int,
+        valid: Tensor | None = None,
+        turns: Tensor | None = None,
+        totals: Sequence[int] | None = None,
     ) -> dict[str, float]:
         """One step on a batch: advantages [P, G] in the order of the trajectories' groups. Returns metrics.
 
         ``version`` is that of the weights being updated; the rows bring their own. Rows that are not ``valid`` [P, G]
         bool, whose reward failed, are left out altogether.
+        One rank of several is told its share: ``turns`` [P] int64, the optimizer step that each group belongs to, -1
+        for groups of other ranks; and ``totals``, how many valid rows all ranks have together in each optimizer step.
+        Metrics are those of all ranks, on every rank.
         """
         batch = Trajectory.concat(trajectories)
         num_prompts, samples = advantages.shape
+        turns = turns_of(num_prompts, self.updates_per_step) if turns is None else turns
+        mine = (turns >= 0).repeat_interleave(samples)
         metrics = Metrics()
-        metrics.note("staleness", float(version - batch.version.min()))
+        if mine.any():
+            metrics.maxima["staleness"] = float(version - batch.version[mine].min())
         for number in range(self.updates_per_step):
-            groups = torch.arange(num_prompts).tensor_split(self.updates_per_step)[number]
+            groups = (turns == number).nonzero().flatten()
             rows = (groups[:, None] * samples + torch.arange(samples)).flatten()
             if valid is not None:
                 rows = rows[valid.flatten()[rows]]
-            if len(rows):
-                self._optimizer_step(batch, rows, advantages.flatten(), metrics, first=number == 0)
-        return metrics.reduced() | self.algorithm.after_step(self.policy, self.updates)
+            total = len(rows) if totals is None else totals[number]
+            if total:
+                self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=number == 0)
+        everyone = Metrics.joined(self.group.gather(metrics))
+        return everyone.reduced() | self.algorithm.after_step(self.policy, self.updates)
 
     @torch.no_grad()
     def drift(self, trajectories: Sequence[Trajectory]) -> float:
@@ -124,18 +155,29 @@ class Learner:
         return float(torch.stack([own.kl(other, reduction) for own, other in pairs]).mean())
 
     def _optimizer_step(
-        self, batch: Trajectory, rows: Tensor, advantages: Tensor, metrics: "Metrics", first: bool
+        self, batch: Trajectory, rows: Tensor, total: int, advantages: Tensor, metrics: "Metrics", first: bool
     ) -> None:
-        for micro, weight in self._micro_batches(batch, rows, advantages):
+        for micro, weight in self._passes(batch, rows, advantages):
             sample = batch.take(micro).to(self.policy.device)
             for loss in self.algorithm.losses(
                 self.policy, sample, advantages[micro].to(self.policy.device), self.noise
             ):
-                (loss.rows * weight).sum().div(len(rows)).backward()
+                (loss.rows * weight).sum().div(total).backward()
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
         norm = self._apply_gradient()
         metrics.note("grad_norm", norm)
         metrics.note("grad_rms", norm / self.num_weights**0.5)
+
+    def _passes(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """The micro-batches; where weights are sharded as many on every rank, since a pass gathers parts from all."""
+        if not self.policy.sharded:
+            yield from self._micro_batches(batch, rows, advantages)
+            return
+        own = list(self._micro_batches(batch, rows, advantages))
+        most = max(self.group.gather(len(own)))
+        size = self.policy.settings.micro_batch
+        idle = torch.arange(size).clamp(max=batch.num_rows - 1), torch.zeros(size, device=self.policy.device)
+        yield from own + [idle] * (most - len(own))
 
     def _micro_batches(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows [micro_batch] with their weights (0 = padding). Rows without signal stand together and go unvisited."""
@@ -150,7 +192,12 @@ class Learner:
 
     def _apply_gradient(self) -> float:
         parameters = list(self.policy.parameters.values())
-        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.config.max_grad_norm))
+        if self.group.size > 1 and not self.policy.sharded:  # FSDP2 summed its own during the backward passes
+            sum_gradients(self.group, parameters)
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        total = gathered(total) if self.policy.sharded else total
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total)
+        norm = float(total)
         if not math.isfinite(norm):
             raise Diverged(f"the gradient norm of update {self.updates} is {norm}; the weights were not changed")
         self.optimizer.step()
@@ -160,20 +207,44 @@ class Learner:
             self.policy.blend("ema", power(self.updates - 1, self.ema.decay))
         return norm
 
-    def publish(self, version: int, names: Sequence[str]) -> Weights:
-        """The weights under these names as version ``version``: copies, since the next update must not reach them."""
-        return Weights.pack(
-            version, {name: {key: t.clone() for key, t in self.policy.weights(name).items()} for name in names}
-        )
+    def publish(
+        self, version: int, names: Sequence[str], send: bool = True, canary: bool = False
+    ) -> tuple[Manifest, list[Tensor]]:
+        """The weights under these names as version ``version``: a manifest, and copies that no later update reaches.
+
+        Not to ``send`` is for samplers that share this network: nothing is copied. All ranks have to call; rank 0 alone
+        answers.
+        """
+        predicted = self.canary.predict(self.algorithm.sample_with) if canary else None
+        if not send:
+            return describe(version, {name: self.policy.weights(name) for name in names}), []
+        variants = {name: self.policy.full_weights(name) for name in names}
+        if self.group.rank > 0:
+            return Manifest(version), []
+        self.packed = []
+        manifest, buckets = pack(version, variants, self.memory, predicted)
+        if self.broadcast.generation:
+            self.packed = buckets
+        return manifest, buckets
+
+    def generation(self) -> int:
+        """Of the broadcast group that it is in; this and the next two are called beside its other work."""
+        return self.broadcast.generation
+
+    def join(self, address: tuple[str, int], generation: int, size: int, timeout_s: float) -> int:
+        if self.group.rank > 0:
+            return 0
+        return self.broadcast.join(address, generation, size, timeout_s, root=True)
+
+    def exchange(self, generation: int, manifest: Manifest) -> int:
+        """Sends the version that was published last."""
+        if self.group.rank > 0:
+            return 0
+        return self.broadcast.send(generation, manifest, self.packed)
 
     def state_dict(self) -> State:
         """Everything that the next update depends on, as copies on the CPU."""
-        names = ["policy", *(name for name in self.policy.copies if name != "reference")]
-        tensors = {f"{name}/{key}": t for name in names for key, t in self.policy.weights(name).items()}
-        for key, parameter in self.policy.parameters.items():
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{moment}"] = value
-        return State({key: t.detach().cpu().clone() for key, t in tensors.items()}, {"updates": self.updates})
+        return State({key: t.detach().cpu().clone() for key, t in self._tensors().items()}, {"updates": self.updates})
 
     def load_state_dict(self, state: State) -> None:
         self.updates = state.values["updates"]
@@ -183,6 +254,37 @@ class Learner:
         for key, parameter in self.policy.parameters.items():
             mine = {name.rsplit("/", 1)[1]: t for name, t in moments.items() if name.rsplit("/", 1)[0] == key}
             self.optimizer.state[parameter] = {name: t.to(parameter.device) for name, t in mine.items()}
+
+    def save(self, folder: Path) -> Files:
+        """Writes this rank's files of a checkpoint: its parts of sharded weights; else rank 0 writes everything."""
+        state = State(self._tensors(), {"updates": self.updates})
+        if self.policy.sharded:
+            return checkpoint.write_sharded(folder, LEARNER, state, self.group.rank)
+        return checkpoint.write_part(folder, LEARNER, state) if self.group.rank == 0 else {}
+
+    def load(self, folder: Path) -> None:
+        """Takes over a checkpoint that is known to be sound, however many ranks wrote it."""
+        like: dict[str, Tensor] = {}
+        if self.policy.sharded:
+            for key, parameter in self.policy.parameters.items():
+                moments = [f"optimizer/{key}/{moment}" for moment in ("exp_avg", "exp_avg_sq")]
+                names = [f"{name}/{key}" for name in ("policy", *self.policy.copies)]
+                like |= dict.fromkeys([*names, *moments], parameter.data)
+        self.load_state_dict(checkpoint.read_part(folder, LEARNER, like))
+
+    def _tensors(self) -> dict[str, Tensor]:
+        names = ["policy", *(name for name in self.policy.copies if name != "reference")]
+        tensors = {f"{name}/{key}": t for name in names for key, t in self.policy.weights(name).items()}
+        for key, parameter in self.policy.parameters.items():
+            for moment, value in self.optimizer.state[parameter].items():
+                tensors[f"optimizer/{key}/{moment}"] = value
+        return tensors
+
+
+def turns_of(num_groups: int, updates: int) -> Tensor:
+    """[P] int64: which of the optimizer steps each group belongs to, in equal shares of neighbours."""
+    shares = torch.arange(num_groups).tensor_split(updates)
+    return torch.cat([torch.full_like(share, number) for number, share in enumerate(shares)])
 
 
 class Metrics:
@@ -195,6 +297,8 @@ class Metrics:
 
     def add(self, means: dict[str, Tensor], maxima: dict[str, Tensor], weight: Tensor) -> None:
         """Tensors are [b]; rows of weight 0 do not count."""
+        if not weight.any():
+            return
         for name, values in means.items():
             self.sums[name] += float((values.detach() * weight).sum())
             self.weights[name] += float(weight.sum())
@@ -204,6 +308,18 @@ class Metrics:
     def note(self, name: str, value: float) -> None:
         self.sums[name] += value
         self.weights[name] += 1
+
+    @staticmethod
+    def joined(parts: "Sequence[Metrics]") -> "Metrics":
+        """Of all ranks together."""
+        whole = Metrics()
+        for part in parts:
+            for name, total in part.sums.items():
+                whole.sums[name] += total
+                whole.weights[name] += part.weights[name]
+            for name, value in part.maxima.items():
+                whole.maxima[name] = max(whole.maxima.get(name, -math.inf), value)
+        return whole
 
     def reduced(self) -> dict[str, float]:
         return {name: total / self.weights[name] for name, total in self.sums.items()} | self.maxima

@@ -12,9 +12,12 @@ from rlalign.mdp.noise import Noise
 from rlalign.mdp.rollout import Chain
 from rlalign.policy import Policy, RolloutConfig, Variant, draw_steps
 from rlalign.types import Cond, Prompt, Trajectory, Unit
-from rlalign.workers.weights import Weights
+from rlalign.workers.broadcast import Broadcast
+from rlalign.workers.canary import Canary
+from rlalign.workers.weights import Manifest
 
 T = TypeVar("T")
+Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
 MAX_ENCODED = 4096  # prompts whose embeddings are kept; text encoders are frozen
 
 
@@ -27,7 +30,8 @@ class Sampler:
         self.sample_with: Variant = sample_with
         self.keep_steps = keep_steps
         self.shares = shares  # the learner's own network: publishing is a version number
-        self.version = 0
+        self.version = 0 if shares else None
+        self.canary, self.broadcast = Canary(policy, noise), Broadcast()
         self.encoded: OrderedDict[tuple[str, str | None], tuple[Cond, Cond | None]] = OrderedDict()
 
     @torch.no_grad()
@@ -43,20 +47,54 @@ class Sampler:
         With ``settings`` of its own (evaluation, pictures) every step is deterministic and nothing is kept.
         ``initial`` [B, *L] replaces the addressed noise, to compare with other programs.
         """
+        self._require_version()
         plan, keep = settings or self.policy.settings, self.keep_steps and settings is None
         with self.policy.using(weights or self.sample_with):
             latents = self.initial_noise(unit, plan) if initial is None else initial
             trajectory = self._trajectory(unit, plan, keep, latents)
             return trajectory, self._pictures(trajectory.final)
 
-    def receive(self, weights: Weights) -> dict[str, int]:
-        """Takes over published weights, after checking that all of them came through; answers what it now holds."""
+    def receive(self, manifest: Manifest, buckets: Buckets) -> dict[str, int]:
+        """Takes over published weights, after checking that all of them came through; answers what it now holds.
+
+        ``buckets`` may be a function that fetches them, for when no broadcast has brought them already.
+        """
+        manifest.require_tensors()
         if not self.shares:
-            weights.verify()
-            for name, tensors in weights.variants.items():
-                self.policy.load(name, tensors)
-        self.version = weights.version
-        return {"version": self.version, "checksum": weights.checksum, "tensors": weights.count}
+            arrived = self.broadcast.take(manifest)
+            if arrived is None:
+                arrived = buckets() if callable(buckets) else buckets
+            self._load(manifest, arrived)
+        self.version = manifest.version
+        return {"version": self.version, "checksum": manifest.checksum, "tensors": manifest.count}
+
+    def _require_version(self) -> int:
+        if self.version is None:
+            raise RuntimeError("this sampler has verified no published weights yet, and samples under no others")
+        return self.version
+
+    def generation(self) -> int:
+        """Of the broadcast group that it is in; this and the next two are called beside its other work."""
+        return self.broadcast.generation
+
+    def join(self, address: tuple[str, int], generation: int, size: int, timeout_s: float) -> int:
+        return self.broadcast.join(address, generation, size, timeout_s, root=False)
+
+    def exchange(self, generation: int, manifest: Manifest) -> int:
+        """Receives the version that the learner sends."""
+        return self.broadcast.receive(generation, manifest)
+
+    def _load(self, manifest: Manifest, buckets: Sequence[Tensor]) -> None:
+        """All of it or nothing; between the first copy and the last check this sampler has no version."""
+        manifest.verify(buckets)
+        variants = manifest.unpack(buckets)
+        held = {name: self.policy.weights(name if name in self.policy.copies else "policy") for name in variants}
+        manifest.require_fit(held)
+        self.version = None
+        for name, tensors in variants.items():
+            self.policy.load(name, tensors)
+        if manifest.canary is not None:
+            self.canary.check(manifest.canary, self.sample_with)
 
     def initial_noise(self, unit: Unit, settings: RolloutConfig) -> Tensor:
         """[B, *L] float32: the latents that the unit's rows start from."""
@@ -66,7 +104,7 @@ class Sampler:
         return self.noise.normal(f"{unit.purpose}/initial", address, 0, self.policy.latent_shape)
 
     def _trajectory(self, unit: Unit, plan: RolloutConfig, keep: bool, initial: Tensor) -> Trajectory:
-        policy, address = self.policy, addresses(unit)
+        policy, address, version = self.policy, addresses(unit), self._require_version()
         cond, uncond = self._encode(unit.prompts)
         if plan.guidance_scale == 1:
             uncond = None
@@ -101,7 +139,7 @@ class Sampler:
             x_next=torch.cat([part.x_next[:n] for part, n in parts]),
             log_probs=torch.cat([part.log_probs[:n] for part, n in parts]),
             final=torch.cat([part.final[:n] for part, n in parts]),
-            version=torch.full((len(address),), self.version),
+            version=torch.full((len(address),), version),
             address=address,
         )
 

@@ -22,11 +22,8 @@ class Scorer:
         """images [B, (F,) 3, H, W] uint8, ordered by prompt; only rewards of these roles are computed."""
         scores = self.scoring.score(images, unit, roles)
         texts = tuple(prompt.text for prompt in unit.prompts)
-        return replace(scores, prompts=texts, distance=group_distance(images, unit.samples))
-
-    def stats(self) -> dict[str, float]:
-        """Seconds, errors, timeouts and dropped pictures of each reward since the last call of this."""
-        return self.scoring.stats()
+        distance = group_distance(images, unit.samples)
+        return replace(scores, prompts=texts, distance=distance, stats=self.scoring.stats())
 
 
 def group_distance(images: Tensor, samples: int) -> Tensor:

@@ -3,6 +3,7 @@ import threading
 import pytest
 
 from rlalign.runtime.local import LocalPool
+from rlalign.types import Unit
 
 
 class Worker:
@@ -63,6 +64,27 @@ def test_what_a_worker_raises_is_raised_where_the_value_is_wanted(pool: LocalPoo
 def test_spans_tell_which_worker_did_what_since_the_last_question(pool: LocalPool) -> None:
     pool.get(pool.scatter("pair", [(1,), (2,)]))
     spans = pool.spans()
-    assert sorted((span.worker, span.method) for span in spans) == [("worker-0", "pair"), ("worker-1", "pair")]
+    calls = [("driver", "wait worker"), ("worker-0", "pair"), ("worker-1", "pair")]
+    assert sorted((span.worker, span.method) for span in spans) == calls
     assert all(span.start <= span.end and span.step is None for span in spans)
     assert pool.spans() == []
+
+
+def test_spans_of_units_name_the_step_unless_they_are_of_evaluation(pool: LocalPool) -> None:
+    units = [Unit(7, (2, 3), (), 4), Unit(0, (1,), (), 4, "evaluation")]
+    pool.get(pool.scatter("keep", [(unit,) for unit in units]))
+    found = {span.worker: (span.step, span.groups) for span in pool.spans()}
+    assert found["worker-0"] == (7, (2, 3)) and found["worker-1"] == (None, (1,))
+
+
+def test_the_caller_waits_also_for_what_fails(pool: LocalPool) -> None:
+    with pytest.raises(ValueError, match="a fails"):
+        pool.get([pool.submit("fail")])
+    assert sorted((span.worker, span.method) for span in pool.spans()) == [
+        ("driver", "wait worker"),
+        ("worker-0", "fail"),
+    ]
+
+
+def test_counters_tell_how_many_workers_live(pool: LocalPool) -> None:
+    assert pool.counters() == {"runtime/workers/worker": 2.0}

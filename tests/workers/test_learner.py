@@ -119,7 +119,7 @@ def test_the_average_follows_the_policy_after_its_warm_up() -> None:
 
 def test_published_weights_are_copies() -> None:
     learner, _ = one_update()
-    weights = learner.publish(1, ["policy"])
+    manifest, buckets = learner.publish(1, ["policy"])
     next(iter(learner.policy.parameters.values())).data.add_(1)
-    weights.verify()
-    assert weights.version == 1 and weights.count == len(learner.policy.parameters)
+    manifest.verify(buckets)
+    assert manifest.version == 1 and manifest.count == len(learner.policy.parameters)

@@ -1,0 +1,129 @@
+"""A connection to Ray and the pools of one run on it."""
+
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from rlalign.runtime import wire
+from rlalign.runtime.auth import use_token
+from rlalign.runtime.config import RuntimeConfig
+from rlalign.runtime.engine import Engine
+from rlalign.runtime.host import GIB, Setup
+from rlalign.runtime.placement import Placement
+from rlalign.runtime.ray import RayPool
+from rlalign.runtime.worker import Worker
+
+logger = logging.getLogger(__name__)
+
+
+class RayRuntime:
+    """Connects, reserves machines, and starts workers; ValueError, one sentence, when that cannot be."""
+
+    def __init__(self, config: RuntimeConfig) -> None:
+        self.config = config
+        self.pools: list[RayPool] = []
+        self.connected = not ray.is_initialized()
+        if self.connected:
+            connect(config)
+        try:
+            wire.register()
+            self.placement = Placement(config)
+            self.placement.reserve(join_s=config.join_timeout_s)
+        except BaseException:
+            self._disconnect()
+            raise
+        self.engine = Engine(config.in_flight_gib * GIB)
+
+    def pool(self, role: str, make: Callable[..., Any], count: int, memory_gib: float | None = None) -> RayPool:
+        """Workers that can be replaced one by one."""
+        return self._pool(role, make, count, None, memory_gib)
+
+    def group(self, role: str, make: Callable[..., Any], count: int, address: Callable[[], str]) -> RayPool:
+        """Workers that are one torch.distributed group: ``make(rank, size, address)``, the address told by rank 0."""
+
+        def ranks(workers: list[Worker]) -> list[tuple[Any, ...]]:
+            where = ray.get(workers[0].actor.run.remote(address)) if count > 1 else ""
+            return [(rank, count, where) for rank in range(count)]
+
+        return self._pool(role, make, count, ranks, None)
+
+    def wait_until_up(self) -> None:
+        """All that have a place are up; what one of them complains of is raised here."""
+        self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+
+    def members(self) -> list[dict[str, Any]]:
+        return [member for pool in self.pools for member in pool.members()]
+
+    def follow(self, logs: Path, changed: Callable[[], None]) -> None:
+        self.engine.changed = changed
+        for pool in self.pools:
+            pool.log_to(logs.absolute())
+
+    def recover(self) -> None:
+        for pool in self.pools:
+            if pool.together is None:
+                pool.forget()
+            else:
+                pool.restart()
+
+    def close(self) -> None:
+        self.engine.changed = lambda: None
+        for pool in self.pools:
+            pool.close()
+        self.placement.release()
+        self._disconnect()
+
+    def _pool(self, role: str, make: Any, count: int, together: Any, memory_gib: float | None) -> RayPool:
+        threads = self.config.threads_per_worker
+        gpus = self.placement.gpus(role)
+        setups = [Setup(f"{role}-{index}", make, threads, gpus, memory_gib) for index in range(count)]
+        pool = RayPool(self.engine, self.placement, self.config, role, setups, together)
+        self.pools.append(pool)
+        return pool
+
+    def _disconnect(self) -> None:
+        if self.connected:
+            ray.shutdown()
+
+
+def connect(config: RuntimeConfig) -> None:
+    """To the cluster that is named, in the run file or by RAY_ADDRESS as in a Ray job, or else to one of our own."""
+    use_token()
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    with own_signal_handlers():
+        if address is None:
+            cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
+            ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+            return
+        try:
+            ray.init(address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            words = " ".join(str(error).split())[:200]
+            raise ValueError(f"cannot connect to the Ray cluster {address}: {words}") from error
+
+
+def cpus_wanted(config: RuntimeConfig) -> float:
+    """So many that a cluster of our own, on one machine, has room for all workers: they share its cores."""
+    return config.cpus_per_worker * (config.samplers + config.scorers + config.learners)
+
+
+@contextmanager
+def own_signal_handlers() -> Iterator[None]:
+    """Ray replaces the handler of SIGTERM by its own, which leaves no checkpoint."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

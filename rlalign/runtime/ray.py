@@ -1,0 +1,410 @@
+"""Pools of Ray actors. Work goes to whoever is free; a worker that dies or hangs is replaced, its work issued again.
+
+Whatever happens to workers, the values are those of a calm run: a call is a function of its arguments and of the
+weights that its worker holds, and `hold` makes those the ones that were there when the call was submitted.
+"""
+
+import heapq
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import ObjectLostError, RayError, RayTaskError
+
+from rlalign.runtime.calls import Call, Hold, Ledger, Ref, refs_in, with_slots
+from rlalign.runtime.config import RuntimeConfig
+from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, want
+from rlalign.runtime.host import Host, Report, Setup
+from rlalign.runtime.placement import Placement
+from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
+from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
+from rlalign.types import Span
+
+logger = logging.getLogger(__name__)
+
+POISON = 3  # fresh workers that one call may kill
+MAX_LOSSES = 10  # times that a call's arguments may be lost
+MAX_BACKOFF_S = 30.0
+ASK_AGAIN_S = 1.0  # for machines that are not there yet
+LONG_WAIT_S = 1e-3  # shorter ones are not worth a span
+
+Start = Callable[["list[Worker]"], "list[tuple[Any, ...]]"]
+"""What the setups of these new processes are given besides their `Setup`."""
+
+
+class RayPool:
+    """See `Pool`. ``together``: the workers are one group, in which all die when one does."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        placement: Placement,
+        config: RuntimeConfig,
+        role: str,
+        setups: Sequence[Setup],
+        together: Start | None = None,
+    ) -> None:
+        self.engine, self.placement, self.config, self.role = engine, placement, config, role
+        self.setups, self.together = setups, together
+        self.size = len(setups)
+        self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
+        self.ready: list[Call] = []  # a heap: calls for any worker
+        self.holding: Hold | None = None
+        self.acknowledgements: dict[tuple[int, int], Call] = {}  # of a hold, by a worker
+        self.ledger = Ledger()
+        self.ended: list[Span] = []
+        self.restarts = self.reissued = 0
+        self.logs: Path | None = None
+        engine.members.append(self)
+        self.feed()
+
+    # --- the verbs
+
+    def submit(self, method: str, *args: Any, returns: int = 1) -> Any:
+        refs = self._call(method, args, returns)
+        return refs[0] if returns == 1 else tuple(refs)
+
+    def scatter(self, method: str, items: Sequence[tuple[Any, ...]]) -> list[Ref]:
+        return [self._call(method, args, 1, worker)[0] for worker, args in enumerate(items)]
+
+    def broadcast(self, method: str, *args: Any, returns: int = 1) -> list[Any]:
+        refs = [self._call(method, args, returns, worker.index) for worker in self.workers if not worker.retired]
+        return [one[0] if returns == 1 else tuple(one) for one in refs]
+
+    def hold(self, method: str, *args: Any) -> list[Ref]:
+        """A worker that dies before it answers gives None; it makes the call when it is back."""
+        self.holding = hold = Hold(method, args)
+        refs: list[Ref] = []
+        for worker in self.workers:
+            if worker.up or (worker.starting is not None and worker.births == 1):
+                call = self._new(method, args, 1, worker.index, sets=hold)
+                refs += call.new_refs()
+                self.acknowledgements[id(hold), worker.index] = call
+        return refs
+
+    def get(self, refs: Sequence[Ref]) -> list[Any]:
+        for ref in refs:
+            want(ref.call)
+        self.engine.wait(lambda: all(ref.call.done for ref in refs), self._waited)
+        return [self._value(ref) for ref in refs]
+
+    def spans(self) -> list[Span]:
+        ended, self.ended = self.ended, []
+        return ended
+
+    def counters(self) -> dict[str, float]:
+        return {
+            f"runtime/workers/{self.role}": float(sum(worker.up for worker in self.workers)),
+            f"runtime/restarts/{self.role}": float(self.restarts),
+            "runtime/reissued": float(self.reissued),
+            "runtime/bytes_in_flight": float(self.ledger.bytes_in_flight),
+        }
+
+    def members(self) -> list[dict[str, Any]]:
+        places = [{"role": self.role, "index": worker.index} for worker in self.workers]
+        return [place | worker.state() for place, worker in zip(places, self.workers, strict=True)]
+
+    def aside(self, method: str, *args: Any) -> list[Object]:
+        """The call on every worker that is up, beside its other work: at once, and only once."""
+        return [worker.actor.aside.remote(method, *args) for worker in self.workers if worker.up]
+
+    def wait_aside(self, refs: Sequence[Object], timeout_s: float) -> list[Any]:
+        """Values of `aside`, or the exceptions in their place."""
+        started = time.time()
+        ray.wait([*refs], num_returns=len(refs), timeout=timeout_s)
+        self._waited(started, time.time())
+        return [value_or_error(ref) for ref in refs]
+
+    def log_to(self, folder: Path) -> None:
+        self.logs = folder
+        for worker in self.workers:
+            if worker.actor is not None:
+                worker.actor.log_to.remote(folder, worker.name)
+
+    def close(self) -> None:
+        if self in self.engine.members:
+            self.engine.members.remove(self)
+        for worker in self.workers:
+            if worker.actor is not None:
+                end(worker.actor)
+
+    def restart(self) -> None:
+        """New processes for a group that was lost; what was asked of the old ones is forgotten."""
+        self.forget()
+        for worker in self.workers:
+            if worker.actor is not None:
+                end(worker.actor)
+            self._vacate(worker)
+            self.placement.renew(self.role, worker.index)
+        self.restarts += 1
+        self.feed()
+
+    def forget(self) -> None:
+        """Nobody waits any more for what was submitted. Workers finish what they are at."""
+        self.ready.clear()
+        self.acknowledgements.clear()
+        for worker in self.workers:
+            worker.pinned.clear()
+            for running in worker.running:
+                running.call.dropped = True
+
+    @property
+    def settled(self) -> bool:
+        """Nobody is on the way up, but for those without a machine."""
+        return all(worker.up or worker.actor is None for worker in self.workers)
+
+    # --- calls
+
+    def _call(self, method: str, args: tuple[Any, ...], returns: int, worker: int | None = None) -> list[Ref]:
+        call = self._new(method, args, returns, worker)
+        refs = call.new_refs()
+        call.wait_for(ref.call for ref in call.inputs())
+        return refs
+
+    def _new(
+        self, method: str, args: tuple[Any, ...], returns: int, worker: int | None, sets: Hold | None = None
+    ) -> Call:
+        order = self.engine.next_order()
+        return Call(method, args, returns, order, self.ledger, self._enqueue, worker, self.holding, sets)
+
+    def _enqueue(self, call: Call) -> None:
+        heapq.heappush(self.ready if call.worker is None else self.workers[call.worker].pinned, call)
+
+    def _value(self, ref: Ref) -> Any:
+        while True:
+            if ref.call.failure is not None:
+                self._let_others_end()
+                raise raised(ref.call.failure)
+            if ref.object is None:
+                return ref.value
+            try:
+                return ray.get(ref.object)
+            except ObjectLostError as error:
+                self._lost(ref.call, [ref], error)
+                self.engine.wait(lambda: ref.call.done, self._waited)
+
+    def _let_others_end(self) -> None:
+        """One rank's complaint may come of another's death, which is what the run must hear of."""
+        if self.together is not None:
+            self.engine.wait(lambda: not any(worker.running for worker in self.workers), self._waited)
+
+    def _waited(self, start: float, end: float) -> None:
+        if end - start > LONG_WAIT_S:
+            self.ended.append(Span(DRIVER, f"{WAIT}{self.role}", start, end))
+
+    # --- what the engine asks
+
+    def events(self) -> Iterator[tuple[Object, Event]]:
+        for worker in self.workers:
+            if worker.starting is not None:
+                yield worker.starting, lambda found, worker=worker: self._started(worker, found)
+            elif worker.running:
+                yield worker.running[0].report, lambda found, worker=worker: self._ended(worker, found)
+            if worker.ping is not None:
+                yield worker.ping, lambda found, worker=worker: self._ponged(worker, found)
+
+    def feed(self) -> None:
+        vacant = [worker for worker in self.workers if self._can_start(worker)]
+        if vacant and (self.together is None or len(vacant) == self.size):
+            self._start(vacant)
+        up = [worker for worker in self.workers if worker.up]
+        for depth in (1, 2) if len(self.ready) > len(up) else (1,):  # a second one hides the driver's latency
+            for worker in up:
+                while len(worker.running) < depth and (call := self._next(worker)) is not None:
+                    self._send(worker, call)
+
+    def watch(self) -> None:
+        now, limits = time.monotonic(), self.config
+        for worker in self.workers:
+            busy = worker.starting is not None or worker.running
+            if worker.up and worker.ping is None and now - worker.pinged > PING_EVERY_S:
+                worker.ping, worker.pinged = worker.actor.ping.remote(), now
+            elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
+                self._died(worker, f"it did not answer for {limits.ping_timeout_s:g} s")
+            elif busy and self.together is None and now - worker.since > limits.call_timeout_s:
+                deed = worker.running[0].call.describe() if worker.running else "its start"
+                self._died(worker, f"it took more than {limits.call_timeout_s:g} s for {deed}")
+
+    # --- life of a worker
+
+    def _can_start(self, worker: Worker) -> bool:
+        now = time.monotonic()
+        if worker.actor is not None or worker.retired or now < worker.resume_at:
+            return False
+        ready = self.placement.ready(self.role, worker.index)
+        worker.resume_at = 0.0 if ready else now + ASK_AGAIN_S
+        return ready
+
+    def _start(self, workers: list[Worker]) -> None:
+        for worker in workers:
+            worker.actor = Host.options(**self.placement.options(self.role, worker.index)).remote()  # pyright: ignore[reportAttributeAccessIssue]
+            worker.births += 1
+            worker.since = time.monotonic()
+        try:
+            more = self.together(workers) if self.together is not None else [() for _ in workers]
+        except DEAD as error:
+            raise LearnersLost(f"the learners did not start: {in_words(error)}") from error
+        for worker, args in zip(workers, more, strict=True):
+            worker.starting = worker.actor.setup.remote(self.setups[worker.index], *args)
+            if self.logs is not None:
+                worker.actor.log_to.remote(self.logs, worker.name)
+
+    def _started(self, worker: Worker, found: Object) -> None:
+        if worker.starting is not found:
+            return  # it died of something else in the meantime
+        try:
+            where, failure = ray.get(found)
+        except DEAD as error:
+            return self._died(worker, in_words(error))
+        if failure is not None:
+            raise raised(failure)
+        worker.starting, worker.where, worker.pinged = None, where, time.monotonic()
+        if worker.births > 1:
+            logger.warning("%s is back, as process %d on %s", worker.name, where.pid, where.node)
+        self.engine.changed()
+
+    def _ended(self, worker: Worker, found: Object) -> None:
+        if not worker.running or worker.running[0].report is not found:
+            return
+        running = worker.running[0]
+        try:
+            report: Report = ray.get(found)
+        except DEAD as error:
+            return self._died(worker, in_words(error))
+        except (RayTaskError, ObjectLostError) as error:  # before the call began: an argument could not be had
+            worker.running.popleft()
+            worker.since = time.monotonic()
+            return self._lost(running.call, [*running.call.inputs()], error)
+        worker.running.popleft()
+        worker.since, worker.deaths = time.monotonic(), 0
+        if report.span is not None:
+            self.ended.append(report.span)
+        self._took(worker, running, report)
+
+    def _took(self, worker: Worker, running: Running, report: Report) -> None:
+        call = running.call
+        if call.sets is None:
+            worker.finished = True
+        elif report.failure is not None and not call.dropped:
+            raise raised(report.failure)
+        if call.dropped:
+            return
+        if report.failure is None:
+            assert worker.where is not None
+            call.keep(report, running.values, worker.where.node_id)
+        call.finish(report.failure)
+
+    def _ponged(self, worker: Worker, found: Object) -> None:
+        if worker.ping is not found:
+            return
+        try:
+            ray.get(found)
+            worker.ping, worker.pinged = None, time.monotonic()
+        except RayError as error:
+            self._died(worker, in_words(error))
+
+    def _died(self, worker: Worker, reason: str) -> None:
+        what = f"{worker.name} (process {worker.where.pid} on {worker.where.node})" if worker.where else worker.name
+        end(worker.actor)
+        if self.together is not None:
+            raise LearnersLost(f"{what} died: {reason}")
+        self.restarts += 1
+        worker.deaths += 1
+        fresh, running = not worker.finished, [one.call for one in worker.running if not one.call.dropped]
+        self._vacate(worker)
+        self._issue_again(running, fresh, what, reason)
+        if worker.deaths > self.config.restarts:
+            self._retire(worker, reason)
+        else:
+            pause = min(MAX_BACKOFF_S, 2.0 ** (worker.deaths - 2)) if worker.deaths > 1 else 0.0
+            worker.resume_at = time.monotonic() + pause
+            logger.warning("%s died: %s; it is replaced, %d calls are issued again", what, reason, len(running))
+            self.placement.renew(self.role, worker.index)
+        self.engine.changed()
+
+    def _vacate(self, worker: Worker) -> None:
+        worker.actor = worker.starting = worker.where = worker.ping = worker.holding = None
+        worker.running.clear()
+        worker.finished = False
+        for (hold, index), call in [*self.acknowledgements.items()]:
+            if index == worker.index:
+                del self.acknowledgements[hold, index]
+                call.finish()
+
+    def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> None:
+        for number, call in enumerate(calls):
+            if call.sets is not None:  # an acknowledgement: the next process makes the call of itself
+                call.finish()
+                continue
+            self.reissued += 1
+            call.deaths += number == 0 and fresh
+            if call.deaths >= POISON:
+                raise WorkerFailure(
+                    f"{call.describe()} killed {POISON} fresh {self.role}s, the last of them {what}: {reason}"
+                )
+            self._enqueue(call)
+
+    def _retire(self, worker: Worker, reason: str) -> None:
+        worker.retired = True
+        logger.warning("%s died %d times in a row and is given up: %s", worker.name, worker.deaths, reason)
+        if all(other.retired for other in self.workers):
+            raise WorkerFailure(f"no {self.role} is left, each died {worker.deaths} times in a row: {reason}")
+
+    # --- handing out work
+
+    def _next(self, worker: Worker) -> Call | None:
+        """The oldest call that this worker can make; before it, what the worker must hold for that."""
+        call = min((queue[0] for queue in (self.ready, worker.pinned) if queue), default=None)
+        if call is not None and self.engine.full and not call.wanted:
+            call = None
+        needed = self.holding if call is None else call.hold
+        if needed is not None and needed is not worker.holding:
+            return self._holding(worker, needed)
+        if call is not None:
+            heapq.heappop(self.ready if call.worker is None else worker.pinned)
+        return call
+
+    def _holding(self, worker: Worker, hold: Hold) -> Call | None:
+        if not all(ref.call.done for ref in refs_in(hold.args)):
+            return None
+        known = self.acknowledgements.pop((id(hold), worker.index), None)
+        if known is None:
+            known = self._new(hold.method, hold.args, 1, worker.index, sets=hold)
+            known.new_refs()
+        return known
+
+    def _send(self, worker: Worker, call: Call) -> None:
+        failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)
+        if failed is not None:
+            return call.finish(failed)
+        objects: list[Any] = []
+        args = with_slots(call.args, objects)
+        method = worker.actor.call.options(num_returns=1 + call.returns)
+        report, *values = method.remote(call.method, args, call.returns, *objects)
+        if not worker.running:
+            worker.since = time.monotonic()
+        worker.running.append(Running(call, report, values))
+        worker.holding = call.sets or worker.holding  # calls of a worker keep their order
+
+    def _lost(self, call: Call, refs: Sequence[Ref], error: Exception) -> None:
+        """Values that it needs went with their node: they are made again, and then it is."""
+        if call.dropped:
+            return
+        call.losses += 1
+        if call.losses > MAX_LOSSES or not isinstance(getattr(error, "cause", error), RayError):
+            raise error
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        makers = {id(ref.call): ref.call for ref in refs if ref.object is not None}
+        gone = [maker for maker in makers.values() if maker.node not in alive] or [*makers.values()]
+        logger.warning("%d results were lost with their node and are made again", len(gone))
+        for maker in gone:
+            if maker.done:
+                self.reissued += 1
+                maker.again()
+        if call not in gone:
+            call.wait_for(gone)
+        for maker in gone:
+            want(maker)

@@ -1,0 +1,77 @@
+"""One place of a pool and the process that fills it; and what its failures mean in words."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
+
+from rlalign.runtime.calls import Call, Hold
+from rlalign.runtime.host import Failure, Where
+
+DEAD = (RayActorError, OutOfMemoryError, WorkerCrashedError)
+
+Object = Any  # ray.ObjectRef, which is generic in new versions of Ray only
+
+
+@dataclass(slots=True)
+class Running:
+    call: Call
+    report: Object
+    values: list[Object]
+
+
+@dataclass(eq=False, slots=True)
+class Worker:
+    """One place of a pool, and the process that fills it now."""
+
+    name: str
+    index: int
+    actor: Any = None
+    starting: Object | None = None
+    where: Where | None = None  # once it is up
+    running: deque[Running] = field(default_factory=deque)
+    pinned: list[Call] = field(default_factory=list)  # a heap: calls for this worker alone
+    holding: Hold | None = None
+    since: float = 0.0  # when it began with what it does now
+    ping: Object | None = None
+    pinged: float = 0.0
+    births: int = 0
+    deaths: int = 0  # in a row, without a finished call
+    finished: bool = False  # anything, since its birth
+    resume_at: float = 0.0
+    retired: bool = False
+
+    @property
+    def up(self) -> bool:
+        return self.where is not None
+
+    def state(self) -> dict[str, Any]:
+        """As `workers.json` shows it."""
+        if self.where is None:
+            return {"pid": None, "node": None, "state": "given up" if self.retired else "starting"}
+        return {"pid": self.where.pid, "node": self.where.node, "state": "up"}
+
+
+def raised(failure: Failure) -> BaseException:
+    """What the worker raised, to be raised here; `raised_in` is the file that did, for its traceback stays there."""
+    error = failure.error
+    error.__cause__ = failure.cause
+    error.add_note(f"in a worker process:\n{failure.trace}")
+    error.raised_in = failure.file  # pyright: ignore[reportAttributeAccessIssue]
+    return error
+
+
+def value_or_error(ref: Object) -> Any:
+    try:
+        return ray.get(ref, timeout=0)
+    except (RayError, GetTimeoutError) as error:
+        return error.cause if isinstance(error, RayTaskError) else error
+
+
+def in_words(error: BaseException) -> str:
+    """Ray's messages are pages long; what happened stands after 'exit detail' or on the first line."""
+    text = str(error)
+    detail = text.partition("Worker exit detail: ")[2] or text
+    return detail.strip().splitlines()[0].split(". Some common causes")[0].rstrip(".")[:200] if text else repr(error)

@@ -1,0 +1,174 @@
+"""What the pools promise, with workers that die, hang and complain in real processes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ray.cluster_utils import Cluster
+
+from rlalign.runtime import engine
+from rlalign.runtime.cluster import RayRuntime
+from rlalign.runtime.config import RuntimeConfig
+from rlalign.runtime.pool import WorkerFailure
+from rlalign.runtime.ray import RayPool
+from rlalign.types import Prompt, Unit
+from tests.runtime import faults
+
+pytestmark = pytest.mark.xdist_group("ray")
+
+Make = Callable[..., RayPool]
+
+
+@pytest.fixture
+def make(one_node: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
+    """A pool of workers with faults."""
+    monkeypatch.setattr(engine, "PING_EVERY_S", 0.2)
+    made: list[RayRuntime] = []
+
+    def pool(count: int = 1, build: Any = faults.faulty, memory_gib: float | None = None, **settings: Any) -> RayPool:
+        config = RuntimeConfig(kind="ray", samplers=count, cpus_per_worker=0, **{"restarts": 1, **settings})
+        runtime = RayRuntime(config)
+        made.append(runtime)
+        pool = runtime.pool("sampler", partial(build, tmp_path), count, memory_gib)
+        runtime.wait_until_up()
+        return pool
+
+    yield pool
+    for runtime in made:
+        runtime.close()
+
+
+def test_values_references_and_what_workers_raise(make: Make) -> None:
+    pool = make(2)
+    pairs = [pool.submit("pair", number, returns=2) for number in range(3)]
+    assert pool.get([number for number, _ in pairs]) == [0, 1, 2]
+    assert pool.get([pool.submit("total", [tensor for _, tensor in pairs])]) == [3.0 * faults.BIG]
+    assert len(set(pool.get(pool.broadcast("pid")))) == 2
+    failed = pool.submit("complains", "too bright")
+    dependent = pool.submit("echo", [failed])
+    for ref in (failed, dependent):
+        with pytest.raises(ValueError, match="too bright") as caught:
+            pool.get([ref])
+    assert "faults.py" in caught.value.__notes__[0]
+    spans = pool.spans()
+    assert {span.worker for span in spans} == {"sampler-0", "sampler-1", "driver"}
+    assert pool.counters()["runtime/workers/sampler"] == 2
+    assert pool.counters()["runtime/restarts/sampler"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64, torch.bool, torch.int64])
+def test_tensors_arrive_as_they_were(make: Make, dtype: torch.dtype) -> None:
+    pool = make()
+    sent = {"many": torch.arange(12).reshape(3, 4).T.to(dtype), "one": torch.tensor(3).to(dtype), "none": None}
+    (come,) = pool.get([pool.submit("echo", sent)])
+    assert come["none"] is None
+    for name in ("many", "one"):
+        assert come[name].dtype == dtype and torch.equal(come[name], sent[name])
+
+
+def test_bytes_in_flight_are_those_that_someone_still_wants(make: Make) -> None:
+    pool = make()
+    ref = pool.submit("pair", 1, returns=2)[1]
+    pool.get([pool.submit("total", [ref])])
+    assert pool.ledger.bytes_in_flight == 4 * faults.BIG
+    del ref
+    assert pool.ledger.bytes_in_flight == 0
+
+
+def test_above_the_limit_only_what_the_driver_waits_for_is_begun(make: Make) -> None:
+    pool = make()
+    first = pool.submit("pair", 1, returns=2)
+    pool.get([pool.submit("total", [first[1]])])
+    pool.engine.limit = 1.0
+    later, wanted = pool.submit("pair", 2, returns=2), pool.submit("echo", 3)
+    pool.engine.pump(0.5)
+    assert not later[0].call.done and not pool.workers[0].running
+    del wanted
+    assert pool.get([later[0]]) == [2]
+
+
+def test_a_worker_that_dies_is_replaced_and_its_work_made_again(make: Make) -> None:
+    pool = make(2, restarts=3)
+    assert pool.get([pool.submit("dies_once", number) for number in range(3)]) == [0, 1, 2]
+    assert pool.counters()["runtime/restarts/sampler"] == 3
+    assert pool.counters()["runtime/reissued"] >= 3
+
+
+def test_replacements_hold_what_their_predecessors_held(make: Make) -> None:
+    pool = make(2)
+    assert pool.get(pool.hold("hold", "new")) == ["new", "new"]
+    before = [pool.submit("held", number) for number in range(4)]
+    died = pool.submit("dies_once", 4)
+    pool.hold("hold", "newer")
+    after = [pool.submit("held", number) for number in range(4)]
+    assert pool.get(before) == [(number, "new") for number in range(4)]
+    assert pool.get([died, *after]) == [4, *((number, "newer") for number in range(4))]
+
+
+def test_what_was_submitted_before_is_made_again_under_what_was_held_then(make: Make) -> None:
+    """Also when its worker holds something newer by then."""
+    pool = make(1)
+    pool.hold("hold", "old")
+    old = pool.submit("held", 1)
+    pool.hold("hold", "new")
+    assert pool.get([pool.submit("held", 2), old]) == [(2, "new"), (1, "old")]
+    old.call.again()
+    assert pool.get([old]) == [(1, "old")]
+
+
+def test_death_while_weights_arrive(make: Make) -> None:
+    pool = make(2)
+    assert sorted(map(str, pool.get(pool.hold("hold", "dies once")))) == ["None", "dies once"]
+    assert pool.get([pool.submit("held", 0) for _ in range(4)]) == [(0, "dies once")] * 4
+
+
+@pytest.mark.parametrize(("method", "limits"), [("stops_once", "ping_timeout_s"), ("hangs_once", "call_timeout_s")])
+def test_a_worker_that_hangs_is_replaced(make: Make, method: str, limits: str) -> None:
+    pool = make(2, restarts=3)
+    pool.get(pool.broadcast("pid"))
+    started = pool.config
+    refs = [pool.submit(method, number) for number in range(4)]
+    pool.config = started.model_copy(update={limits: 2.0})  # only now: a busy machine may take longer for a start
+    pool.engine.wait(lambda: pool.restarts > 0, lambda start, end: None)
+    pool.config = started
+    assert pool.get(refs) == [0, 1, 2, 3]
+    assert pool.get([pool.submit(method, number) for number in range(4)]) == [0, 1, 2, 3]
+    assert pool.counters()["runtime/restarts/sampler"] == 1
+
+
+def test_work_that_kills_every_fresh_worker_is_named(make: Make) -> None:
+    pool = make(2, restarts=5)
+    unit = Unit(7, (3,), (Prompt("a red circle"),), 4)
+    with pytest.raises(WorkerFailure, match=r"segfaults of rollout step 7, groups 3, prompts 'a red circle' killed 3"):
+        pool.get([pool.submit("segfaults", unit)])
+
+
+def test_workers_that_cannot_live_end_the_run(make: Make) -> None:
+    with pytest.raises(WorkerFailure, match="no sampler is left, each died 2 times in a row"):
+        make(1, build=faults.stillborn)
+
+
+def test_what_a_worker_complains_of_at_its_start_is_raised(make: Make) -> None:
+    with pytest.raises(ValueError, match="there is no such reward") as caught:
+        make(1, build=faults.broken)
+    assert caught.value.raised_in.endswith("faults.py")  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_memory_is_capped(make: Make) -> None:
+    pool = make(1, memory_gib=0.3)
+    assert pool.get([pool.submit("allocates", 0.05)]) == [int(0.05 * 2**30)]
+    with pytest.raises(MemoryError):
+        pool.get([pool.submit("allocates", 1.0)])
+
+
+def test_calls_beside_the_work(make: Make) -> None:
+    pool = make(2, call_timeout_s=60.0)
+    pool.submit("hangs_once", 0)
+    pool.engine.pump(0.1)
+    answers = pool.wait_aside(pool.aside("pid"), timeout_s=20)
+    assert len(set(answers)) == 2
+    (error, _) = pool.wait_aside(pool.aside("complains", "no"), timeout_s=20)
+    assert isinstance(error, ValueError)

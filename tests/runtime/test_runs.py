@@ -1,0 +1,168 @@
+"""Whole runs on Ray, by the command line: whatever happens to workers, they equal the run in one process."""
+
+import json
+import os
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import torch
+from safetensors.torch import load_file
+
+from rlalign import build, cli
+from rlalign.runtime import engine
+from tests.chaos.kills import result
+from tests.runs import run_file, without_pages
+from tests.runtime import faults
+from tests.runtime.killing import kill, rows
+
+pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("one_node")]
+
+RUN = ("steps=5", "checkpoint.every=2", "evaluation.every=3", "rollout.prompts_per_step=4")
+ON_RAY = ("runtime.kind=ray", "runtime.cpus_per_worker=0")
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    run_file(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(engine, "PING_EVERY_S", 0.5)
+    without_pages(monkeypatch)
+    return tmp_path
+
+
+def train(name: str, *overrides: str) -> tuple[str, list[dict[str, Any]]]:
+    assert cli.run(["train", "run.yaml", *RUN, *overrides, "--run-dir", name]) == 0
+    return result(Path(name))
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+def test_a_run_on_ray_equals_the_run_in_one_process(algorithm: str) -> None:
+    chosen = f"algorithm={algorithm}"
+    local = train("local", chosen)
+    assert train("two", chosen, *ON_RAY, "runtime.samplers=2", "runtime.scorers=2") == local
+
+
+def test_work_ahead_is_as_stale_as_allowed_and_the_same_in_both() -> None:
+    local = train("local", "runtime.max_staleness=2", "steps=6")
+    other = train("ray", "runtime.max_staleness=2", "steps=6", *ON_RAY, "runtime.samplers=2")
+    assert other == local
+    assert [row["staleness"] for row in other[1]] == [0, 1, 2, 2, 2, 2]
+
+
+def test_workers_are_told_of() -> None:
+    train("run", *ON_RAY, "runtime.samplers=2", "steps=1")
+    workers = json.loads(Path("run/workers.json").read_text())
+    assert [(w["role"], w["index"]) for w in workers] == [
+        ("learner", 0),
+        ("sampler", 0),
+        ("sampler", 1),
+        ("scorer", 0),
+    ]
+    assert len({w["pid"] for w in workers} | {os.getpid()}) == 5
+    logs = {path.name for path in Path("run/logs").glob("*.jsonl")}
+    assert {"sampler-0.jsonl", "learner-0.jsonl"} <= logs
+
+
+def test_samplers_and_scorers_die_and_hang(monkeypatch: pytest.MonkeyPatch) -> None:
+    calm = train("calm")
+    run = Path("wild")
+    dying = partial(faults.sampler_that_dies_while_weights_arrive, run=str(run.absolute()))
+    monkeypatch.setattr(build, "sampler_from", dying)
+    killers = [
+        kill("sampler", 0, run, lambda: rows(run) >= 1, signal.SIGKILL),
+        kill("scorer", 0, run, lambda: rows(run) >= 2, signal.SIGSTOP),
+        kill("sampler", 1, run, lambda: rows(run) >= 3, signal.SIGKILL),
+    ]
+    wild = train("wild", *ON_RAY, "runtime.samplers=2", "runtime.ping_timeout_s=4")
+    for thread in killers:
+        thread.join(10)
+    assert wild == calm
+    assert (run / "died-while-weights-arrived").exists()
+
+
+def test_a_learner_dies_and_the_run_goes_on_from_its_last_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = train("calm")
+    run = Path("wild")
+    killer = kill("learner", 0, run, lambda: rows(run) >= 3, signal.SIGKILL)
+    assert train("wild", *ON_RAY) == calm
+    killer.join(10)
+    assert "going on from step" in capsys.readouterr().err
+
+
+def test_a_reward_that_segfaults_is_named(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    (place / "reward.py").write_text("import os\n\ndef first(images, prompts):\n    os.abort()\n")
+    assert cli.run(["train", "run.yaml", *ON_RAY, "--run-dir", "run"]) == 2
+    err = capsys.readouterr().err
+    assert "score of evaluation step 0" in err and "killed 3 fresh scorers" in err and "'d'" in err
+
+
+def test_a_reward_that_cannot_be_loaded_is_one_sentence(capsys: pytest.CaptureFixture[str], place: Path) -> None:
+    (place / "reward.py").write_text("import nothing_of_that_name\n")
+    assert cli.run(["train", "run.yaml", *ON_RAY, "--run-dir", "run"]) == 2
+    assert "nothing_of_that_name" in capsys.readouterr().err
+    assert not Path("run").exists()
+
+
+def test_only_references_pass_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that the driver reads in a run, pickled, against the latents and pictures that were made."""
+    import pickle
+
+    from rlalign.runtime import calls, worker
+    from rlalign.runtime import ray as pools
+
+    read = 0
+
+    def counted(refs: Any, **options: Any) -> Any:
+        nonlocal read
+        value = ray.get(refs, **options)
+        read += len(pickle.dumps(value))
+        return value
+
+    for module in (pools, calls, worker):
+        fake = type("Ray", (), {"__getattr__": lambda self, name: counted if name == "get" else getattr(ray, name)})()
+        monkeypatch.setattr(module, "ray", fake)
+    wide = ("rollout.size=[1, 2000]", "model.means=[" + str([0.0] * 2000) + "]", "steps=3", "evaluation.num_images=4")
+    train("run", *wide, *ON_RAY, "checkpoint.every=3")
+    made = 3 * 4 * 8 * 2000 * (1 + 3 * 2) * 4  # latents of three steps: the final ones, and both ends of three steps
+    assert 0 < read < made / 20
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = sorted((run / "checkpoints").glob("step_*"))[-1]
+    return load_file(newest / "learner.safetensors")
+
+
+LORA = ("model.lora={rank: 2}", "optimizer.lr=1e-3", "runtime.learners=2")
+
+
+def test_two_learner_ranks_train_as_one_and_take_turns(caplog: pytest.LogCaptureFixture) -> None:
+    train("one", *LORA[:2], *ON_RAY)
+    two = train("two", *LORA, *ON_RAY, "steps=3")
+    assert two[1][-1]["staleness"] == 0
+    train("two", *LORA[:2], *ON_RAY)  # goes on with a single rank
+    assert "runtime.learners was 2 and is 1" in caplog.text
+    one, mixed = weights(Path("one")), weights(Path("two"))
+    policy = [name for name in one if "policy/" in name]
+    assert policy
+    for name in policy:
+        torch.testing.assert_close(mixed[name], one[name], rtol=0, atol=1e-6)
+
+
+def test_the_loss_of_one_of_two_learners(capsys: pytest.CaptureFixture[str]) -> None:
+    calm = train("calm", *LORA, *ON_RAY)
+    run = Path("wild")
+    killer = kill("learner", 1, run, lambda: rows(run) >= 3, signal.SIGKILL)
+    assert train("wild", *LORA, *ON_RAY) == calm
+    killer.join(10)
+    assert "going on from step" in capsys.readouterr().err
+
+
+def test_weights_by_a_group_are_the_weights_by_the_store() -> None:
+    local = train("local")
+    assert train("ray", *ON_RAY, "runtime.samplers=2", "runtime.transport=collective") == local
+    logs = "".join(path.read_text() for path in Path("ray/logs").glob("*.jsonl"))
+    assert "object store" not in logs
