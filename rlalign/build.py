@@ -56,8 +56,9 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     """The same workers, each built from the config in a process of its own."""
     from rlalign.runtime.cluster import RayRuntime
 
-    wanted, tree = config.runtime, config.tree()
+    wanted = config.runtime
     runtime = RayRuntime(wanted)
+    tree = movable(config.tree(), Path.cwd()) if runtime.uploaded else config.tree()
     try:
         learners = runtime.group("learner", partial(learner_from, tree), wanted.learners, Group.address)
         samplers = runtime.pool("sampler", partial(sampler_from, tree), wanted.samplers)
@@ -67,6 +68,15 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
         runtime.close()
         raise
     return (samplers, scorers, learners), runtime
+
+
+def movable(tree: Any, home: Path) -> Any:
+    """The tree with paths inside of ``home`` relative to it, as a worker finds them in its own copy of that folder."""
+    if isinstance(tree, dict):
+        return {key: movable(value, home) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [movable(value, home) for value in tree]
+    return tree.removeprefix(f"{home}/") if isinstance(tree, str) else tree
 
 
 def sampler_from(tree: Tree) -> Sampler:

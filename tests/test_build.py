@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlalign.build import build, device_of, load_policy, twin
-from rlalign.config import RunConfig, load
+from rlalign.build import build, device_of, load_policy, movable, twin
+from rlalign.config import RunConfig, load, resolve
 from rlalign.loop import Parts
 from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
@@ -100,3 +100,12 @@ def test_devices(run: Path):
 def test_a_size_that_the_model_cannot_make(run: Path):
     with pytest.raises(ValueError, match="rollout: size"):
         build(load(run, ["rollout.size=[3, 3]"]))
+
+
+def test_paths_inside_the_folder_that_is_uploaded_are_found_in_any_copy_of_it(run: Path):
+    home = run.parent
+    tree = load(run).tree()
+    moved = movable(tree, home)
+    assert moved["rewards"][0]["use"] == "reward.py:first" and moved["prompts"]["train"] == "train.txt"
+    assert moved["model"] == tree["model"] and moved["steps"] == tree["steps"]
+    assert resolve(moved, home, "config.yaml").tree() == tree

@@ -24,8 +24,8 @@ from tests.runs import Done, call, run_file, without_pages
 from tests.tiny import sd3_folder
 
 Capture = pytest.CaptureFixture[str]
-GROUPS = ["rewards", "models", "algorithms"]
-COMMANDS = ["train", "resume", "plan", "doctor", "sample", "evaluate", "export", "report", *GROUPS]
+GROUPS = ["rewards", "models", "algorithms", "cluster"]
+COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "export", "report", *GROUPS]
 
 
 @pytest.fixture(autouse=True)

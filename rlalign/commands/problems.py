@@ -37,11 +37,12 @@ def in_training() -> Iterator[None]:
 
     from rlalign.runtime.pool import WorkerFailure
     from rlalign.scoring import RewardError
+    from rlalign.workers.canary import Mismatch
     from rlalign.workers.learner import Diverged
 
     try:
         yield
-    except (RewardError, WorkerFailure) as error:
+    except (RewardError, WorkerFailure, Mismatch) as error:
         raise BadInput(_one_line(error)) from error
     except Diverged as error:
         raise BadInput(f"{_one_line(error)}; go on from the last checkpoint with a lower optimizer.lr") from error

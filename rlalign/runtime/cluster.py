@@ -12,11 +12,12 @@ from typing import Any
 import ray
 
 from rlalign.runtime import wire
-from rlalign.runtime.auth import use_token
+from rlalign.runtime.auth import source, use_token
 from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import Engine
 from rlalign.runtime.host import GIB, Setup
 from rlalign.runtime.placement import Placement
+from rlalign.runtime.processes import private_folder
 from rlalign.runtime.ray import RayPool
 from rlalign.runtime.worker import Worker
 
@@ -53,6 +54,11 @@ class RayRuntime:
             return [(rank, count, where) for rank in range(count)]
 
         return self._pool(role, make, count, ranks, None)
+
+    @property
+    def uploaded(self) -> bool:
+        """Whether this is a job whose folder was copied to every machine, each time to a place of its own."""
+        return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
     def wait_until_up(self) -> None:
         """All that have a place are up; what one of them complains of is raised here."""
@@ -96,18 +102,20 @@ class RayRuntime:
 def connect(config: RuntimeConfig) -> None:
     """To the cluster that is named, in the run file or by RAY_ADDRESS as in a Ray job, or else to one of our own."""
     use_token()
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = config.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with own_signal_handlers():
         if address is None:
             cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
-            ray.init("local", num_cpus=cpus, include_dashboard=False, **quiet)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(private_folder("own")), **quiet)
             return
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())[:200]
-            raise ValueError(f"cannot connect to the Ray cluster {address}: {words}") from error
+            secret = f"the token in use is {source()}"
+            raise ValueError(f"cannot connect to the Ray cluster {address}; {secret}: {words}") from error
 
 
 def cpus_wanted(config: RuntimeConfig) -> float:

@@ -30,6 +30,7 @@ class Member(Protocol):
     """A pool, as the engine sees it."""
 
     ledger: Ledger
+    role: str
 
     def events(self) -> Iterator[tuple[Object, Event]]:
         """What it waits for, and what to do when that is there."""
@@ -59,7 +60,8 @@ class Engine:
 
     @property
     def full(self) -> bool:
-        return sum(member.ledger.bytes_in_flight for member in self.members) >= self.limit
+        held = [member.ledger.bytes_in_flight for member in self.members if member.role != "learner"]
+        return sum(held) >= self.limit  # published weights are not counted: they are there all the time
 
     def wait(self, done: Callable[[], bool], waited: Callable[[float, float], None]) -> None:
         """Works until ``done``; ``waited`` is told of the times in which there was nothing to do."""

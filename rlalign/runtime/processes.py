@@ -93,7 +93,7 @@ def start_head(
     log, process = _start([*own, *_on_every_node(gcs, resources, more)], f"head-{gcs}", environment)
     with _ended_if_not(process):
         _wait_until_started(process, log)
-        address = (_temp_dir(gcs) / "ray_current_cluster").read_text().strip()
+        address = (private_folder(str(gcs)) / "ray_current_cluster").read_text().strip()
         shown = "127.0.0.1" if dashboard_host in ("0.0.0.0", "::") else dashboard_host
         return _written_down("head", address, f"http://{shown}:{dashboard}", process, log)
 
@@ -162,10 +162,10 @@ def _on_every_node(gcs_port: int, resources: Sequence[str], more: Sequence[str])
                 f"{option.split('=')[0]} cannot be handed through to Ray; see rlalign cluster start --help"
             )
     agent = _port("", None, AGENT_PORT)
-    return [f"--temp-dir={_temp_dir(gcs_port)}", f"--dashboard-agent-listen-port={agent}", *resources, *more]
+    return [f"--temp-dir={private_folder(str(gcs_port))}", f"--dashboard-agent-listen-port={agent}", *resources, *more]
 
 
-def _temp_dir(gcs_port: int) -> Path:
+def private_folder(name: str) -> Path:
     """The same path on every node, since paths below it travel; closed to other users, since Ray opens its own to all.
 
     In /tmp whatever TMPDIR says: sockets lie there, whose paths may have 107 characters.
@@ -175,7 +175,7 @@ def _temp_dir(gcs_port: int) -> Path:
     state = private.lstat()
     if private.is_symlink() or state.st_uid != os.getuid() or state.st_mode & 0o077:
         raise ValueError(f"{private} is not a folder that only you can enter; remove it, it is made anew")
-    folder = private / str(gcs_port)
+    folder = private / name
     folder.mkdir(exist_ok=True)
     return folder
 

@@ -53,10 +53,9 @@ class ObjectStore:
         return learners.broadcast("publish", version, self.names, not self.shares, canary, returns=2)
 
     def hand_over(self, learners: Pool, samplers: Pool, packed: Sequence[tuple[Ref, Ref]], buckets: Any) -> None:
+        # First this, then the wait for the learners: samplers begin before the driver has seen the manifest.
         acknowledged = samplers.hold("receive", packed[0][0], buckets)
-        (manifest, *_) = learners.get(
-            [manifest for manifest, _ in packed]
-        )  # samplers do not wait until the driver has it
+        (manifest, *_) = learners.get([manifest for manifest, _ in packed])
         self.waiting.append((manifest, acknowledged))
         self._settle(samplers, 0 if self.first else self.max_staleness)
         self.first = False

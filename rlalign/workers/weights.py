@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Variants = Mapping[str, Mapping[str, Tensor]]
 
 BUCKET_BYTES = 256 * 2**20
 """Of one bucket at most; a tensor that is larger has a bucket of its own, so that none has to be put together."""
-ALIGNMENT = 64  # of tensors in a bucket: whole cache lines, and any dtype can be seen in place
+CACHED_BYTES = 2**20  # what is copied before its checksum is taken: the processor still has it at hand
 
 
 class Kind(NamedTuple):
@@ -30,13 +30,16 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Place(NamedTuple):
-    """A tensor, and where its bytes are."""
+class Layout(NamedTuple):
+    """What one bucket holds: tensors of one dtype, one after the other, so that it can be cut up in one call."""
 
-    kind: Kind
-    bucket: int
-    start: int
-    stop: int
+    dtype: str
+    kinds: tuple[Kind, ...]
+    numels: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.numels) * getattr(torch, self.dtype).itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,27 +47,30 @@ class Manifest:
     """What one version consists of. Without buckets it tells of a network that the reader shares."""
 
     version: int
-    table: bytes = b"[]"  # the places, in a form that costs nothing to send and is read once a process
-    sizes: tuple[int, ...] = ()  # bytes of each bucket
+    table: bytes = b"[]"  # the layouts, in a form that costs nothing to send and is read once a process
     checksums: tuple[int, ...] = ()  # xxh3 of each bucket
     canary: Tensor | None = field(default=None, compare=False)  # what the learner predicts, where that is to be checked
 
     @property
-    def places(self) -> tuple[Place, ...]:
+    def layouts(self) -> tuple[Layout, ...]:
         return _read(self.table)
 
     @property
+    def sizes(self) -> tuple[int, ...]:
+        return tuple(layout.num_bytes for layout in self.layouts)
+
+    @property
     def count(self) -> int:
-        return len(self.places)
+        return sum(len(layout.kinds) for layout in self.layouts)
 
     @property
     def num_bytes(self) -> int:
-        return sum(place.stop - place.start for place in self.places)
+        return sum(self.sizes)
 
     @property
     def checksum(self) -> int:
         """Of everything: names, dtypes, shapes, places and bytes."""
-        return xxhash.xxh3_64_intdigest(self.table + repr((self.sizes, self.checksums)).encode())
+        return xxhash.xxh3_64_intdigest(self.table + repr(self.checksums).encode())
 
     def verify(self, buckets: Sequence[Tensor]) -> None:
         """ValueError when there is nothing in it, or the buckets are not those that were packed."""
@@ -73,7 +79,7 @@ class Manifest:
         if found != self.sizes or tuple(map(checksum, buckets)) != self.checksums:
             raise ValueError(
                 f"weights of version {self.version} were damaged on the way: the bytes of {self.count} tensors in "
-                f"{len(self.sizes)} buckets differ from those that were sent"
+                f"{len(self.checksums)} buckets differ from those that were sent"
             )
 
     def require_tensors(self) -> None:
@@ -82,21 +88,23 @@ class Manifest:
 
     def require_fit(self, held: Variants) -> None:
         """ValueError unless it has exactly these tensors, under each of its names for them."""
-        wanted, brought = _kinds(held), tuple(place.kind for place in self.places)
+        wanted, brought = _kinds(held), tuple(kind for layout in self.layouts for kind in layout.kinds)
         if wanted != brought:
             raise ValueError(f"weights of version {self.version}: {_difference(wanted, brought)}")
 
     def unpack(self, buckets: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
         """The tensors, as views of the buckets."""
         variants: dict[str, dict[str, Tensor]] = {}
-        for place, view in _views(self.places, buckets):
-            variants.setdefault(place.kind.variant, {})[place.kind.name] = view
+        for layout, bucket in zip(self.layouts, buckets, strict=True):
+            parts = bucket.view(getattr(torch, layout.dtype)).split(layout.numels)
+            for kind, part in zip(layout.kinds, parts, strict=True):
+                variants.setdefault(kind.variant, {})[kind.name] = part.view(kind.shape)
         return variants
 
 
 def describe(version: int, variants: Variants) -> Manifest:
     """Of weights that need not travel."""
-    return Manifest(version, _laid_out(_kinds(variants), BUCKET_BYTES)[0])
+    return Manifest(version, _table(_kinds(variants), BUCKET_BYTES))
 
 
 def pack(
@@ -107,15 +115,32 @@ def pack(
     bucket_bytes: int = BUCKET_BYTES,
 ) -> tuple[Manifest, list[Tensor]]:
     """Copies the tensors into flat buckets, uint8 on the CPU; one copy and one pass of the checksum."""
-    table, sizes = _laid_out(_kinds(variants), bucket_bytes)
-    buckets = [memory.take(size) for size in sizes]
-    flat, sums = [bucket.numpy() for bucket in buckets], [xxhash.xxh3_64() for _ in buckets]
-    for place, view in _views(_read(table), buckets):
-        view.copy_(variants[place.kind.variant][place.kind.name])
-        end = _aligned(place.stop)
-        flat[place.bucket][place.stop : end] = 0  # what lay there before must not reach the checksum
-        sums[place.bucket].update(flat[place.bucket][place.start : end].data)  # while it is in the processor's cache
-    return Manifest(version, table, sizes, tuple(total.intdigest() for total in sums), canary), buckets
+    table = _table(_kinds(variants), bucket_bytes)
+    buckets, checksums = [], []
+    for layout in _read(table):
+        bucket = memory.take(layout.num_bytes)
+        tensors = [variants[kind.variant][kind.name].reshape(-1) for kind in layout.kinds]
+        checksums.append(_fill(bucket.view(getattr(torch, layout.dtype)), tensors))
+        buckets.append(bucket)
+    return Manifest(version, table, tuple(checksums), canary), buckets
+
+
+def _fill(flat: Tensor, tensors: Sequence[Tensor]) -> int:
+    """Copies the tensors into it, one after the other; the checksum of them all."""
+    total, start, end = xxhash.xxh3_64(), 0, 0
+    run: list[Tensor] = []
+    for number, tensor in enumerate(tensors, 1):
+        run.append(tensor)
+        end += tensor.numel()
+        part = flat[start:end]
+        if part.nbytes >= CACHED_BYTES or number == len(tensors):
+            if tensor.device == flat.device:
+                torch.cat(run, out=part)
+            else:
+                part.copy_(torch.cat(run))
+            total.update(part.view(torch.uint8).numpy().data)
+            run, start = [], end
+    return total.intdigest()
 
 
 class Memory:
@@ -146,47 +171,43 @@ def checksum(bucket: Tensor) -> int:
 
 
 def _kinds(variants: Variants) -> tuple[Kind, ...]:
+    """In the order of the buckets."""
     if not variants or not all(variants.values()):
         raise ValueError(f"weights {', '.join(variants)} hold no tensors: nothing would reach the samplers")
     return tuple(
-        Kind(variant, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for variant in sorted(variants)
-        for name, tensor in sorted(variants[variant].items())
+        sorted(
+            (
+                Kind(variant, name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+                for variant, tensors in variants.items()
+                for name, tensor in tensors.items()
+            ),
+            key=lambda kind: (kind.dtype, kind),
+        )
     )
 
 
 @lru_cache(maxsize=8)
-def _laid_out(kinds: tuple[Kind, ...], bucket_bytes: int) -> tuple[bytes, tuple[int, ...]]:
-    """The table, and the buckets' sizes: each tensor goes into the last bucket or, where it has no room, a new one."""
-    places: list[Place] = []
-    sizes: list[int] = []
+def _table(kinds: tuple[Kind, ...], bucket_bytes: int) -> bytes:
+    """Each tensor goes into the last bucket or, where it has no room or another dtype, into a new one."""
+    buckets: list[list[Kind]] = []
+    room = 0
     for kind in kinds:
         num_bytes = math.prod(kind.shape) * getattr(torch, kind.dtype).itemsize
-        if not sizes or sizes[-1] + num_bytes > bucket_bytes:
-            sizes.append(0)
-        start = sizes[-1]
-        places.append(Place(kind, len(sizes) - 1, start, start + num_bytes))
-        sizes[-1] = _aligned(start + num_bytes)
-    return json.dumps(places).encode(), tuple(sizes)
+        if not buckets or buckets[-1][0].dtype != kind.dtype or num_bytes > room:
+            buckets.append([])
+            room = bucket_bytes
+        buckets[-1].append(kind)
+        room -= num_bytes
+    return json.dumps(buckets).encode()
 
 
 @lru_cache(maxsize=8)
-def _read(table: bytes) -> tuple[Place, ...]:
-    """JSON has lists where the table has tuples."""
-    return tuple(
-        Place(Kind(variant, name, dtype, tuple(shape)), bucket, start, stop)
-        for (variant, name, dtype, shape), bucket, start, stop in json.loads(table)
-    )
-
-
-def _aligned(end: int) -> int:
-    return -(-end // ALIGNMENT) * ALIGNMENT
-
-
-def _views(places: Sequence[Place], buckets: Sequence[Tensor]) -> Iterator[tuple[Place, Tensor]]:
-    for place in places:
-        part = buckets[place.bucket][place.start : place.stop]
-        yield place, part.view(getattr(torch, place.kind.dtype)).view(place.kind.shape)
+def _read(table: bytes) -> tuple[Layout, ...]:
+    buckets = [
+        tuple(Kind(variant, name, dtype, tuple(shape)) for variant, name, dtype, shape in bucket)
+        for bucket in json.loads(table)
+    ]
+    return tuple(Layout(kinds[0].dtype, kinds, tuple(math.prod(kind.shape) for kind in kinds)) for kinds in buckets)
 
 
 def _difference(wanted: Sequence[Kind], brought: Sequence[Kind]) -> str:

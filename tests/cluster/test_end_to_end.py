@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import urllib.error
@@ -34,6 +35,7 @@ class Shell:
 
     home: Path
     project: Path
+    folders: list[Path]  # of Ray, to be removed
 
     def __call__(self, *arguments: str, **env: str) -> "subprocess.CompletedProcess[str]":
         command = [sys.executable, "-m", "rlalign", *arguments]
@@ -45,18 +47,22 @@ class Shell:
 
 @pytest.fixture(scope="module")
 def shell(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
-    made = Shell(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("my_project"))
+    made = Shell(tmp_path_factory.mktemp("home"), tmp_path_factory.mktemp("my_project"), [])
     path = run_file(made.project)
     (made.project / "my_rewards.py").write_text(REWARD)
     path.write_text(path.read_text().replace("reward.py:first", "my_rewards.py:sharpness"))
     yield made
     made("cluster", "stop", "--all")
+    for folder in made.folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @pytest.fixture(scope="module")
 def dashboard(shell: Shell) -> str:
     started = shell("cluster", "start", "--port", "0", "--dashboard-port", "0", "--num-cpus", "3")
     assert started.returncode == 0, started.stderr
+    (port,) = re.findall(r"^head +\S+:(\d+)", started.stdout, re.MULTILINE)
+    shell.folders.append(Path(f"/tmp/rlalign-{os.getuid()}") / port)
     (address,) = re.findall(r"^dashboard +(\S+)", started.stdout, re.MULTILINE)
     return address
 

@@ -54,6 +54,11 @@ def test_files_that_are_named_are_there():
     assert not [name for name in named if not (ROOT / name).exists()]
 
 
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\((?!https?:)([^)#]+)", (CLUSTER / "README.md").read_text())
+    assert links and all((CLUSTER / link).exists() for link in links)
+
+
 def test_every_file_is_said_to_have_run_or_not():
     table = (CLUSTER / "README.md").read_text().partition("| file | run for real |")[2].partition("\n\n")[0]
     for path in CLUSTER.rglob("*"):

@@ -112,11 +112,12 @@ def test_what_was_submitted_before_is_made_again_under_what_was_held_then(make: 
     """Also when its worker holds something newer by then."""
     pool = make(1)
     pool.hold("hold", "old")
-    old = pool.submit("held", 1)
+    old = pool.submit("held", 1, returns=2)
     pool.hold("hold", "new")
-    assert pool.get([pool.submit("held", 2), old]) == [(2, "new"), (1, "old")]
-    old.call.again()
-    assert pool.get([old]) == [(1, "old")]
+    new = pool.submit("held", 2, returns=2)
+    assert pool.get([*old, *new]) == [1, "old", 2, "new"]
+    old[0].call.again()
+    assert pool.get(old) == [1, "old"]
 
 
 def test_death_while_weights_arrive(make: Make) -> None:

@@ -39,11 +39,15 @@ def train(name: str, *overrides: str) -> tuple[str, list[dict[str, Any]]]:
     return result(Path(name))
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
-def test_a_run_on_ray_equals_the_run_in_one_process(algorithm: str) -> None:
-    chosen = f"algorithm={algorithm}"
-    local = train("local", chosen)
-    assert train("two", chosen, *ON_RAY, "runtime.samplers=2", "runtime.scorers=2") == local
+def test_a_run_on_ray_equals_the_run_in_one_process() -> None:
+    local = train("local", "algorithm=nft")
+    assert train("two", "algorithm=nft", *ON_RAY, "runtime.samplers=2", "runtime.scorers=2") == local
+    workers = json.loads(Path("two/workers.json").read_text())
+    places = [(worker["role"], worker["index"]) for worker in workers]
+    assert sorted(places) == [("learner", 0), ("sampler", 0), ("sampler", 1), ("scorer", 0), ("scorer", 1)]
+    assert len({worker["pid"] for worker in workers} | {os.getpid()}) == 6
+    logs = {path.name for path in Path("two/logs").glob("*.jsonl")}
+    assert {"sampler-0.jsonl", "learner-0.jsonl"} <= logs
 
 
 def test_work_ahead_is_as_stale_as_allowed_and_the_same_in_both() -> None:
@@ -51,20 +55,6 @@ def test_work_ahead_is_as_stale_as_allowed_and_the_same_in_both() -> None:
     other = train("ray", "runtime.max_staleness=2", "steps=6", *ON_RAY, "runtime.samplers=2")
     assert other == local
     assert [row["staleness"] for row in other[1]] == [0, 1, 2, 2, 2, 2]
-
-
-def test_workers_are_told_of() -> None:
-    train("run", *ON_RAY, "runtime.samplers=2", "steps=1")
-    workers = json.loads(Path("run/workers.json").read_text())
-    assert [(w["role"], w["index"]) for w in workers] == [
-        ("learner", 0),
-        ("sampler", 0),
-        ("sampler", 1),
-        ("scorer", 0),
-    ]
-    assert len({w["pid"] for w in workers} | {os.getpid()}) == 5
-    logs = {path.name for path in Path("run/logs").glob("*.jsonl")}
-    assert {"sampler-0.jsonl", "learner-0.jsonl"} <= logs
 
 
 def test_samplers_and_scorers_die_and_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,27 +126,20 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(newest / "learner.safetensors")
 
 
-LORA = ("model.lora={rank: 2}", "optimizer.lr=1e-3", "runtime.learners=2")
+LORA = ("model.lora={rank: 2}", "optimizer.lr=1e-3")
 
 
-def test_two_learner_ranks_train_as_one_and_take_turns(caplog: pytest.LogCaptureFixture) -> None:
-    train("one", *LORA[:2], *ON_RAY)
-    two = train("two", *LORA, *ON_RAY, "steps=3")
-    assert two[1][-1]["staleness"] == 0
-    train("two", *LORA[:2], *ON_RAY)  # goes on with a single rank
-    assert "runtime.learners was 2 and is 1" in caplog.text
-    one, mixed = weights(Path("one")), weights(Path("two"))
+def test_two_learner_ranks_train_as_one_and_outlive_the_loss_of_one(capsys: pytest.CaptureFixture[str]) -> None:
+    train("one", *LORA)
+    two = train("two", *LORA, *ON_RAY, "runtime.learners=2")
+    one, both = weights(Path("one")), weights(Path("two"))
     policy = [name for name in one if "policy/" in name]
     assert policy
     for name in policy:
-        torch.testing.assert_close(mixed[name], one[name], rtol=0, atol=1e-6)
-
-
-def test_the_loss_of_one_of_two_learners(capsys: pytest.CaptureFixture[str]) -> None:
-    calm = train("calm", *LORA, *ON_RAY)
+        torch.testing.assert_close(both[name], one[name], rtol=0, atol=1e-6)
     run = Path("wild")
     killer = kill("learner", 1, run, lambda: rows(run) >= 3, signal.SIGKILL)
-    assert train("wild", *LORA, *ON_RAY) == calm
+    assert train("wild", *LORA, *ON_RAY, "runtime.learners=2") == two
     killer.join(10)
     assert "going on from step" in capsys.readouterr().err
 

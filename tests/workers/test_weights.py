@@ -36,16 +36,21 @@ def test_every_dtype_comes_out_as_it_went_in(bucket_bytes: int) -> None:
 def test_buckets_are_bounded_and_no_tensor_is_in_two() -> None:
     manifest, buckets = packed(512)
     assert len(buckets) > 1 and max(manifest.sizes) <= 512
-    assert all(place.stop <= manifest.sizes[place.bucket] for place in manifest.places)
+    assert [bucket.nbytes for bucket in buckets] == [*manifest.sizes]
+    assert all({kind.dtype for kind in layout.kinds} == {layout.dtype} for layout in manifest.layouts)
     large, buckets = packed(1)  # every tensor is larger than that, and has a bucket of its own
     assert len(buckets) == large.count
 
 
 def test_the_checksum_is_of_the_weights_alone() -> None:
+    """Not of what lay in the memory before, nor of the pieces in which they were copied."""
     memory = Memory()
-    memory.take(packed()[0].sizes[0]).fill_(7)  # what lay there before shows between the tensors
+    memory.take(packed()[0].sizes[0]).fill_(7)
     assert pack(3, tensors(), memory, bucket_bytes=256)[0] == packed()[0]
-    assert packed()[0].checksum == packed()[0].checksum
+    large = {"policy": {f"{i}": torch.full((3 * 2**17,), float(i)) for i in range(4)}}
+    manifest, buckets = pack(0, large, memory)
+    manifest.verify(buckets)
+    assert torch.equal(buckets[0].view(torch.float32), torch.cat([*large["policy"].values()]))
 
 
 def test_memory_is_used_again_only_when_nobody_looks_at_it() -> None:
@@ -140,6 +145,6 @@ def test_weights_that_do_not_fit_change_nothing(fault: str) -> None:
 def test_samplers_on_the_learners_network_are_sent_no_bytes() -> None:
     sampler, learner = workers(algorithm("nft"))
     manifest, buckets = learner.publish(5, ["policy", "old"], send=False)
-    assert buckets == [] and manifest.sizes == manifest.checksums == () and not learner.memory.blocks
+    assert buckets == [] and manifest.checksums == () and not learner.memory.blocks
     assert sampler.receive(manifest, buckets)["tensors"] == 2 * len(learner.policy.parameters)
     assert sampler.version == 5
