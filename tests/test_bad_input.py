@@ -110,7 +110,8 @@ SETTINGS = [
     train("unknown family", "model.family=sd4", "sd4", "did you mean 'sd3'"),
     train("family without adapters", "model.lora={targets: [nothing]}", "model.lora", "nothing"),
     train("unknown net", "model.train=[unet]", "unet", "velocity"),
-    train("ray", "runtime=ray", "ray", "runtime=local"),
+    train("learners in one process", "runtime.learners=2", "2 learners need runtime.kind ray"),
+    train("more samplers at the start than at all", "runtime.min_samplers=2", "min_samplers 2 exceeds samplers 1"),
     train("strange device", "runtime.device=tpu", "runtime.device is 'tpu'"),
     train("steps in text", "steps='ten'", "steps is 'ten'"),
 ]

@@ -279,7 +279,7 @@ class RayPool:
             worker.since = time.monotonic()
             return self._lost(running.call, [*running.call.inputs()], error)
         worker.running.popleft()
-        worker.since, worker.deaths = time.monotonic(), 0
+        worker.since = time.monotonic()
         if report.span is not None:
             self.ended.append(report.span)
         self._took(worker, running, report)
@@ -287,7 +287,7 @@ class RayPool:
     def _took(self, worker: Worker, running: Running, report: Report) -> None:
         call = running.call
         if call.sets is None:
-            worker.finished = True
+            worker.finished, worker.deaths = True, 0
         elif report.failure is not None and not call.dropped:
             raise raised(report.failure)
         if call.dropped:
