@@ -34,8 +34,7 @@ from ray.cluster_utils import Cluster
 from rlalign.pipeline import Pipeline, deal, gather
 from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet
-from rlalign.runtime import ray as pools
-from rlalign.runtime import wire
+from rlalign.runtime import wire, worker
 from rlalign.runtime.auth import use_token
 from rlalign.runtime.cluster import RayRuntime
 from rlalign.runtime.config import RuntimeConfig
@@ -198,7 +197,7 @@ def main() -> None:
     chosen = parser.parse_args()
     os.environ.setdefault("RLALIGN_HOME", tempfile.mkdtemp(prefix="rlalign-"))
     use_token()
-    pools.Host = Stand  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
+    worker.Host = Stand  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
     results: list[Measured] = []
     for samplers in chosen.samplers:
         with simulated(samplers):

@@ -90,7 +90,7 @@ class Call:
 
     def keep(self, report: Report, objects: "list[ray.ObjectRef[Any]]", node: str) -> None:
         """Takes over its values."""
-        self.node, refs = node, [ref() for ref in self.outputs]
+        self.node, refs = node, [ref() for ref in self.outputs] or [None] * self.returns
         if self.returns == 1 and sum(report.num_bytes) <= SMALL:
             self.args = ()  # never made again, so what it worked on may go
             if refs[0] is not None:
@@ -136,6 +136,13 @@ def refs_in(value: Any) -> Iterator[Ref]:
     elif isinstance(value, list | tuple):
         for item in value:
             yield from refs_in(item)
+
+
+def makers_of_lost(refs: Iterable[Ref]) -> list[Call]:
+    """The calls whose values lay on a machine that is gone; all of them where that cannot be told."""
+    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    makers = {id(ref.call): ref.call for ref in refs if ref.object is not None}
+    return [maker for maker in makers.values() if maker.node not in alive] or [*makers.values()]
 
 
 def with_slots(value: Any, objects: list[Any]) -> Any:

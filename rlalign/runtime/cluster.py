@@ -107,6 +107,7 @@ def connect(config: RuntimeConfig) -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     with own_signal_handlers():
         if address is None:
+            os.environ.setdefault("RAY_worker_niceness", "0")  # else anything else here starves them
             cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
             ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(private_folder("own")), **quiet)
             return

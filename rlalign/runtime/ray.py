@@ -14,10 +14,10 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rlalign.runtime.calls import Call, Hold, Ledger, Ref, refs_in, with_slots
+from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, refs_in, with_slots
 from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, want
-from rlalign.runtime.host import Host, Report, Setup
+from rlalign.runtime.host import Report, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
 from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 
 POISON = 3  # fresh workers that one call may kill
 MAX_LOSSES = 10  # times that a call's arguments may be lost
-MAX_BACKOFF_S = 30.0
 ASK_AGAIN_S = 1.0  # for machines that are not there yet
 LONG_WAIT_S = 1e-3  # shorter ones are not worth a span
 
@@ -104,8 +103,7 @@ class RayPool:
         }
 
     def members(self) -> list[dict[str, Any]]:
-        places = [{"role": self.role, "index": worker.index} for worker in self.workers]
-        return [place | worker.state() for place, worker in zip(places, self.workers, strict=True)]
+        return [{"role": self.role, "index": worker.index, **worker.state()} for worker in self.workers]
 
     def aside(self, method: str, *args: Any) -> list[Object]:
         """The call on every worker that is up, beside its other work: at once, and only once."""
@@ -127,16 +125,13 @@ class RayPool:
     def close(self) -> None:
         if self in self.engine.members:
             self.engine.members.remove(self)
-        for worker in self.workers:
-            if worker.actor is not None:
-                end(worker.actor)
+        self._end_all()
 
     def restart(self) -> None:
         """New processes for a group that was lost; what was asked of the old ones is forgotten."""
         self.forget()
+        self._end_all()
         for worker in self.workers:
-            if worker.actor is not None:
-                end(worker.actor)
             self._vacate(worker)
             self.placement.renew(self.role, worker.index)
         self.restarts += 1
@@ -240,9 +235,7 @@ class RayPool:
 
     def _start(self, workers: list[Worker]) -> None:
         for worker in workers:
-            worker.actor = Host.options(**self.placement.options(self.role, worker.index)).remote()  # pyright: ignore[reportAttributeAccessIssue]
-            worker.births += 1
-            worker.since = time.monotonic()
+            worker.begin(self.placement.options(self.role, worker.index))
         try:
             more = self.together(workers) if self.together is not None else [() for _ in workers]
         except DEAD as error:
@@ -319,16 +312,18 @@ class RayPool:
         if worker.deaths > self.config.restarts:
             self._retire(worker, reason)
         else:
-            pause = min(MAX_BACKOFF_S, 2.0 ** (worker.deaths - 2)) if worker.deaths > 1 else 0.0
-            worker.resume_at = time.monotonic() + pause
+            worker.resume_at = time.monotonic() + worker.pause
             logger.warning("%s died: %s; it is replaced, %d calls are issued again", what, reason, len(running))
             self.placement.renew(self.role, worker.index)
         self.engine.changed()
 
+    def _end_all(self) -> None:
+        for worker in self.workers:
+            if worker.actor is not None:
+                end(worker.actor)
+
     def _vacate(self, worker: Worker) -> None:
-        worker.actor = worker.starting = worker.where = worker.ping = worker.holding = None
-        worker.running.clear()
-        worker.finished = False
+        worker.vacate()
         for (hold, index), call in [*self.acknowledgements.items()]:
             if index == worker.index:
                 del self.acknowledgements[hold, index]
@@ -371,10 +366,7 @@ class RayPool:
         if not all(ref.call.done for ref in refs_in(hold.args)):
             return None
         known = self.acknowledgements.pop((id(hold), worker.index), None)
-        if known is None:
-            known = self._new(hold.method, hold.args, 1, worker.index, sets=hold)
-            known.new_refs()
-        return known
+        return known or self._new(hold.method, hold.args, 1, worker.index, sets=hold)
 
     def _send(self, worker: Worker, call: Call) -> None:
         failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)
@@ -396,9 +388,7 @@ class RayPool:
         call.losses += 1
         if call.losses > MAX_LOSSES or not isinstance(getattr(error, "cause", error), RayError):
             raise error
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        makers = {id(ref.call): ref.call for ref in refs if ref.object is not None}
-        gone = [maker for maker in makers.values() if maker.node not in alive] or [*makers.values()]
+        gone = makers_of_lost(refs)
         logger.warning("%d results were lost with their node and are made again", len(gone))
         for maker in gone:
             if maker.done:

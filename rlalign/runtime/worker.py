@@ -1,5 +1,6 @@
 """One place of a pool and the process that fills it; and what its failures mean in words."""
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -8,8 +9,9 @@ import ray
 from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, RayError, RayTaskError, WorkerCrashedError
 
 from rlalign.runtime.calls import Call, Hold
-from rlalign.runtime.host import Failure, Where
+from rlalign.runtime.host import Failure, Host, Where
 
+MAX_BACKOFF_S = 30.0
 DEAD = (RayActorError, OutOfMemoryError, WorkerCrashedError)
 
 Object = Any  # ray.ObjectRef, which is generic in new versions of Ray only
@@ -46,6 +48,23 @@ class Worker:
     @property
     def up(self) -> bool:
         return self.where is not None
+
+    @property
+    def pause(self) -> float:
+        """Seconds to wait before the next process: none at first, then 1, 2, 4 ..."""
+        return min(MAX_BACKOFF_S, 2.0 ** (self.deaths - 2)) if self.deaths > 1 else 0.0
+
+    def begin(self, options: dict[str, Any]) -> None:
+        """A new process; Ray's own options say where."""
+        self.actor = Host.options(**options).remote()  # pyright: ignore[reportAttributeAccessIssue]
+        self.births += 1
+        self.since = time.monotonic()
+
+    def vacate(self) -> None:
+        """The process is gone."""
+        self.actor = self.starting = self.where = self.ping = self.holding = None
+        self.running.clear()
+        self.finished = False
 
     def state(self) -> dict[str, Any]:
         """As `workers.json` shows it."""

@@ -65,6 +65,7 @@ def prepare() -> None:
         "RLALIGN_HOME": tempfile.mkdtemp(prefix="rlalign-"),
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # the default to come; Ray 2.50 warns without it
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # Ray's own 15 lets the tests of the other core starve them
         "RAY_prestart_worker_first_driver": "0",  # as many processes as the machine is said to have CPUs
     }
     atexit.register(shutil.rmtree, os.environ["RLALIGN_HOME"], ignore_errors=True)
