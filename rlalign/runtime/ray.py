@@ -6,6 +6,7 @@ weights that its worker holds, and `hold` makes those the ones that were there w
 
 import heapq
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -324,10 +325,13 @@ class RayPool:
 
     def _vacate(self, worker: Worker) -> None:
         worker.vacate()
-        for (hold, index), call in [*self.acknowledgements.items()]:
-            if index == worker.index:
-                del self.acknowledgements[hold, index]
-                call.finish()
+        self._skip_acknowledgements(worker, math.inf)
+
+    def _skip_acknowledgements(self, worker: Worker, before: float) -> None:
+        """Those that it will not give any more are None: it died, or went on to something newer."""
+        for key, call in [*self.acknowledgements.items()]:
+            if key[1] == worker.index and call.order < before:
+                self.acknowledgements.pop(key).finish()
 
     def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> None:
         for number, call in enumerate(calls):
@@ -366,7 +370,10 @@ class RayPool:
         if not all(ref.call.done for ref in refs_in(hold.args)):
             return None
         known = self.acknowledgements.pop((id(hold), worker.index), None)
-        return known or self._new(hold.method, hold.args, 1, worker.index, sets=hold)
+        if known is None:
+            return self._new(hold.method, hold.args, 1, worker.index, sets=hold)
+        self._skip_acknowledgements(worker, known.order)
+        return known
 
     def _send(self, worker: Worker, call: Call) -> None:
         failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)

@@ -120,6 +120,12 @@ def test_what_was_submitted_before_is_made_again_under_what_was_held_then(make: 
     assert pool.get(old) == [1, "old"]
 
 
+def test_a_worker_that_goes_on_to_something_newer_keeps_nobody_waiting(make: Make) -> None:
+    pool = make(1)
+    older, newer = pool.hold("hold", "old"), pool.hold("hold", "new")
+    assert pool.get([*older, *newer, pool.submit("held", 1)]) == [None, "new", (1, "new")]
+
+
 def test_death_while_weights_arrive(make: Make) -> None:
     pool = make(2)
     assert sorted(map(str, pool.get(pool.hold("hold", "dies once")))) == ["None", "dies once"]
