@@ -7,7 +7,8 @@ The pipeline, the pools, the placement groups and Ray are the real ones, on simu
 one. What is simulated are the workers: all samplers of a machine are one process, in which a unit is a sleep and some
 bytes, since real processes take 0.3 GB each. A step is 4 units a sampler, then as many scores, then one update.
 
-"driver" is the time that the driver did not spend waiting for news, "ideal" the step if handing out work took no time.
+"driver" is the time that the driver did not spend waiting for news, "ideal" the step if handing out work took no time:
+all units are sampled, then the scorers are at those that came last.
 A driver below 100% of the step has time left; samplers wait for it when the step is much longer than the ideal.
 """
 
@@ -45,6 +46,7 @@ from rlalign.types import Prompt, RewardScores, Scores, Span, Unit
 MACHINES = 4
 UNITS_PER_SAMPLER = 4
 SAMPLES = 8
+SCORING = 0.1  # of the time that sampling takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,7 @@ class Machine:
         given = filled(args, values)
         async with self.locks[name]:  # a worker makes its calls one after the other
             started = time.time()
-            await asyncio.sleep({"sample": self.unit_s, "score": self.unit_s / 10}.get(method, 0.0))
+            await asyncio.sleep({"sample": self.unit_s, "score": self.unit_s * SCORING}.get(method, 0.0))
         results = getattr(self, method)(*given)
         span = Span(name, method, started, time.time())
         return Report(span, None, (self.payload,) * returns), *(results if returns > 1 else (results,))
@@ -167,7 +169,7 @@ def measure(samplers: int, unit_s: float, steps: int, payload: int) -> Measured:
         step, driver = (median(column) for column in zip(*times[1:], strict=True))  # the first one warms up
     finally:
         runtime.close()
-    ideal = UNITS_PER_SAMPLER * unit_s
+    ideal = UNITS_PER_SAMPLER * unit_s + samplers / scorers * unit_s * SCORING
     units = UNITS_PER_SAMPLER * samplers
     return Measured(samplers, units, placed, step, ideal, driver, driver / step)
 

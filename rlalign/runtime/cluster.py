@@ -17,7 +17,7 @@ from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import Engine
 from rlalign.runtime.host import GIB, Setup
 from rlalign.runtime.placement import Placement
-from rlalign.runtime.processes import private_folder
+from rlalign.runtime.processes import answers, private_folder
 from rlalign.runtime.ray import RayPool
 from rlalign.runtime.worker import Worker
 
@@ -111,12 +111,23 @@ def connect(config: RuntimeConfig) -> None:
             cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
             ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(private_folder("own")), **quiet)
             return
+        _require_somebody(address)
         try:
             ray.init(address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             words = " ".join(str(error).split())[:200]
             secret = f"the token in use is {source()}"
             raise ValueError(f"cannot connect to the Ray cluster {address}; {secret}: {words}") from error
+
+
+def _require_somebody(address: str) -> None:
+    """Ray itself would try for more than a minute."""
+    _, colon, port = address.rpartition(":")
+    if colon and "://" not in address and not (port.isdigit() and answers(address)):
+        raise ValueError(
+            f"no Ray cluster answers at {address}; give runtime.address as `rlalign cluster start` printed it, or"
+            " leave it out for a cluster on this machine alone"
+        )
 
 
 def cpus_wanted(config: RuntimeConfig) -> float:

@@ -103,7 +103,7 @@ def start_worker(address: str, resources: Sequence[str], more: Sequence[str]) ->
     _, colon, port = address.rpartition(":")
     if not colon or not port.isdigit():
         raise ValueError(f"{address!r} is no address of a cluster's head; it looks like 10.0.0.5:{GCS_PORT}")
-    if not _answers(address):
+    if not answers(address):
         raise ValueError(f"no Ray cluster answers at {address}; the head prints the address when it starts")
     own = [f"--address={address}", *_on_every_node(int(port), resources, more)]
     log, process = _start(own, f"worker-{port}", _environment())
@@ -124,7 +124,7 @@ def wait_for_nodes(address: str, count: int, timeout_s: float) -> None:
     import ray  # after the token mode, which it reads on import
 
     deadline = time.monotonic() + timeout_s
-    while not _answers(address):
+    while not answers(address):
         if time.monotonic() > deadline:
             raise ValueError(f"no Ray cluster answers at {address} after {timeout_s:.0f} s")
         time.sleep(1.0)
@@ -288,7 +288,8 @@ def _any_free() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(address: str) -> bool:
+def answers(address: str) -> bool:
+    """Whether anybody listens at this "host:port"."""
     host, _, port = address.rpartition(":")
     try:
         with socket.create_connection((host.strip("[]"), int(port)), 5.0):

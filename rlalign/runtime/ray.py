@@ -155,8 +155,7 @@ class RayPool:
     # --- calls
 
     def _call(self, method: str, args: tuple[Any, ...], returns: int, worker: int | None = None) -> list[Ref]:
-        call = self._new(method, args, returns, worker)
-        refs = call.new_refs()
+        refs = (call := self._new(method, args, returns, worker)).new_refs()
         call.wait_for(ref.call for ref in call.inputs())
         return refs
 
@@ -172,7 +171,8 @@ class RayPool:
     def _value(self, ref: Ref) -> Any:
         while True:
             if ref.call.failure is not None:
-                self._let_others_end()
+                if self.together is not None:  # this may come of another rank's death: the run must hear of that one
+                    self.engine.wait(lambda: not any(worker.running for worker in self.workers), self._waited)
                 raise raised(ref.call.failure)
             if ref.object is None:
                 return ref.value
@@ -181,11 +181,6 @@ class RayPool:
             except ObjectLostError as error:
                 self._lost(ref.call, [ref], error)
                 self.engine.wait(lambda: ref.call.done, self._waited)
-
-    def _let_others_end(self) -> None:
-        """One rank's complaint may come of another's death, which is what the run must hear of."""
-        if self.together is not None:
-            self.engine.wait(lambda: not any(worker.running for worker in self.workers), self._waited)
 
     def _waited(self, start: float, end: float) -> None:
         if end - start > LONG_WAIT_S:
@@ -215,14 +210,12 @@ class RayPool:
     def watch(self) -> None:
         now, limits = time.monotonic(), self.config
         for worker in self.workers:
-            busy = worker.starting is not None or worker.running
             if worker.up and worker.ping is None and now - worker.pinged > PING_EVERY_S:
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
             elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
                 self._died(worker, f"it did not answer for {limits.ping_timeout_s:g} s")
-            elif busy and self.together is None and now - worker.since > limits.call_timeout_s:
-                deed = worker.running[0].call.describe() if worker.running else "its start"
-                self._died(worker, f"it took more than {limits.call_timeout_s:g} s for {deed}")
+            elif worker.busy and self.together is None and now - worker.since > limits.call_timeout_s:
+                self._died(worker, f"it took more than {limits.call_timeout_s:g} s for {worker.deed}")
 
     # --- life of a worker
 
@@ -301,13 +294,13 @@ class RayPool:
             self._died(worker, in_words(error))
 
     def _died(self, worker: Worker, reason: str) -> None:
-        what = f"{worker.name} (process {worker.where.pid} on {worker.where.node})" if worker.where else worker.name
         end(worker.actor)
         if self.together is not None:
-            raise LearnersLost(f"{what} died: {reason}")
+            raise LearnersLost(f"{worker.described} died: {reason}")
         self.restarts += 1
         worker.deaths += 1
-        fresh, running = not worker.finished, [one.call for one in worker.running if not one.call.dropped]
+        what, fresh = worker.described, not worker.finished
+        running = [one.call for one in worker.running if not one.call.dropped]
         self._vacate(worker)
         self._issue_again(running, fresh, what, reason)
         if worker.deaths > self.config.restarts:

@@ -50,6 +50,19 @@ class Worker:
         return self.where is not None
 
     @property
+    def busy(self) -> bool:
+        return self.starting is not None or bool(self.running)
+
+    @property
+    def described(self) -> str:
+        return f"{self.name} (process {self.where.pid} on {self.where.node})" if self.where else self.name
+
+    @property
+    def deed(self) -> str:
+        """What it is at."""
+        return self.running[0].call.describe() if self.running else "its start"
+
+    @property
     def pause(self) -> float:
         """Seconds to wait before the next process: none at first, then 1, 2, 4 ..."""
         return min(MAX_BACKOFF_S, 2.0 ** (self.deaths - 2)) if self.deaths > 1 else 0.0

@@ -4,7 +4,6 @@ Never torch.distributed's default group, which is the learner ranks' own. A gene
 joins, dies or fails ends it. gloo cannot be interrupted, so all of this runs beside a worker's other calls.
 """
 
-import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
@@ -16,6 +15,7 @@ from torch.distributed import (
     TCPStore,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from rlalign.workers.group import own_address
 from rlalign.workers.weights import Manifest, Memory
 
 ROOT = 0  # the rank that sends
@@ -38,7 +38,7 @@ class Broadcast:
         rank = ROOT if root else store.add("members", 1)
         options: Any = ProcessGroupGloo._Options()  # pyright: ignore[reportAttributeAccessIssue]
         options._timeout = timeout
-        options._devices = [ProcessGroupGloo.create_device(hostname=_own_address(address))]
+        options._devices = [ProcessGroupGloo.create_device(hostname=own_address(address))]
         self.group = ProcessGroupGloo(store, rank, size, options)
         self.generation = generation
         return generation
@@ -76,10 +76,3 @@ class Broadcast:
         except RuntimeError:
             self.leave()  # what others got is unknown: nobody uses this group again
             raise
-
-
-def _own_address(other: tuple[str, int]) -> str:
-    """By which this machine reaches the other one, and so the members each other; nothing is sent to find out."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(other)
-        return probe.getsockname()[0]

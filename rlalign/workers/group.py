@@ -21,7 +21,7 @@ class Group:
     @staticmethod
     def address(host: str | None = None) -> str:
         """Where rank 0, whose machine must be asked, will be found: "host:port" with a port that is free now."""
-        host = host or _own_host()
+        host = host or own_address()
         with socket.socket() as probe:
             probe.bind(("", 0))
             return f"{host}:{probe.getsockname()[1]}"
@@ -84,11 +84,14 @@ def sum_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
         parameter.grad = gradient if number else None
 
 
-def _own_host() -> str:
-    """The address that other machines reach this one by; nothing is sent to find out."""
+def own_address(other: tuple[str, int] = ("192.0.2.1", 9)) -> str:
+    """By which this machine reaches the other one, and so others reach it; nothing is sent to find out.
+
+    The default is an address set aside for examples, where nobody is.
+    """
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect(("192.0.2.1", 9))  # set aside for examples: nobody is there
+            probe.connect(other)
             return probe.getsockname()[0]
     except OSError:  # no route to anywhere
         return "127.0.0.1"

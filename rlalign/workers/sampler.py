@@ -85,14 +85,13 @@ class Sampler:
         return self.broadcast.receive(generation, manifest)
 
     def _load(self, manifest: Manifest, buckets: Sequence[Tensor]) -> None:
-        """All of it or nothing; between the first copy and the last check this sampler has no version."""
-        manifest.verify(buckets)
-        variants = manifest.unpack(buckets)
-        held = {name: self.policy.weights(name if name in self.policy.copies else "policy") for name in variants}
-        manifest.require_fit(held)
+        """Weights that do not fit change nothing; between the first copy and the last check there is no version."""
+        names, policy = manifest.names, self.policy
+        manifest.require_fit({name: policy.weights(name if name in policy.copies else "policy") for name in names})
         self.version = None
-        for name, tensors in variants.items():
-            self.policy.load(name, tensors)
+        for name in names - {"policy", *policy.copies}:
+            policy.keep(name)
+        manifest.copy(buckets, {name: policy.weights(name) for name in names})
         if manifest.canary is not None:
             self.canary.check(manifest.canary, self.sample_with)
 

@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ Variants = Mapping[str, Mapping[str, Tensor]]
 
 BUCKET_BYTES = 256 * 2**20
 """Of one bucket at most; a tensor that is larger has a bucket of its own, so that none has to be put together."""
-CACHED_BYTES = 2**20  # what is copied before its checksum is taken: the processor still has it at hand
+CACHED_BYTES = 2**20  # of a piece, roughly: the processor still has it at hand for the second look
 
 
 class Kind(NamedTuple):
@@ -30,16 +30,32 @@ class Kind(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Layout(NamedTuple):
-    """What one bucket holds: tensors of one dtype, one after the other, so that it can be cut up in one call."""
+class Piece(NamedTuple):
+    """Neighbours in a bucket that are copied and summed up together: the processor still has them at hand."""
 
-    dtype: str
+    start: int  # in numbers, not bytes
+    end: int
     kinds: tuple[Kind, ...]
     numels: tuple[int, ...]
 
+
+class Layout(NamedTuple):
+    """What one bucket holds: tensors of one dtype, one after the other."""
+
+    dtype: str
+    kinds: tuple[Kind, ...]
+    pieces: tuple[Piece, ...]
+
     @property
     def num_bytes(self) -> int:
-        return sum(self.numels) * getattr(torch, self.dtype).itemsize
+        return self.pieces[-1].end * getattr(torch, self.dtype).itemsize
+
+    def fits(self, held: Variants) -> bool:
+        dtype = getattr(torch, self.dtype)
+        return all(
+            (tensor := held.get(variant, {}).get(name)) is not None and tensor.dtype == dtype and tensor.shape == shape
+            for variant, name, _, shape in self.kinds
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +80,10 @@ class Manifest:
         return sum(len(layout.kinds) for layout in self.layouts)
 
     @property
+    def names(self) -> set[str]:
+        return {kind.variant for layout in self.layouts for kind in layout.kinds}
+
+    @property
     def num_bytes(self) -> int:
         return sum(self.sizes)
 
@@ -75,12 +95,36 @@ class Manifest:
     def verify(self, buckets: Sequence[Tensor]) -> None:
         """ValueError when there is nothing in it, or the buckets are not those that were packed."""
         self.require_tensors()
-        found = tuple(bucket.nbytes for bucket in buckets)
-        if found != self.sizes or tuple(map(checksum, buckets)) != self.checksums:
-            raise ValueError(
-                f"weights of version {self.version} were damaged on the way: the bytes of {self.count} tensors in "
-                f"{len(self.checksums)} buckets differ from those that were sent"
-            )
+        if sizes_of(buckets) != self.sizes or tuple(map(checksum, buckets)) != self.checksums:
+            raise ValueError(self._damaged())
+
+    @torch.no_grad()
+    def copy(self, buckets: Sequence[Tensor], held: Variants) -> None:
+        """Copies everything into ``held``, which fits, and verifies it on the way, with the bytes still at hand.
+
+        ValueError when they are not those that were sent, which is known at the end: ``held`` is not to be used then.
+        """
+        if sizes_of(buckets) != self.sizes:
+            raise ValueError(self._damaged())
+        checksums: list[int] = []
+        for layout, bucket in zip(self.layouts, buckets, strict=True):
+            total, flat = xxhash.xxh3_64(), bucket.view(getattr(torch, layout.dtype))
+            for start, end, kinds, numels in layout.pieces:
+                piece = flat[start:end]
+                total.update(piece.view(torch.uint8).numpy().data)
+                sources = [part.view(kind.shape) for part, kind in zip(piece.split(numels), kinds, strict=True)]
+                torch._foreach_copy_(  # pyright: ignore[reportPrivateImportUsage]
+                    [held[kind.variant][kind.name] for kind in kinds], sources
+                )
+            checksums.append(total.intdigest())
+        if tuple(checksums) != self.checksums:
+            raise ValueError(self._damaged())
+
+    def _damaged(self) -> str:
+        return (
+            f"weights of version {self.version} were damaged on the way: the bytes of {self.count} tensors in "
+            f"{len(self.checksums)} buckets differ from those that were sent"
+        )
 
     def require_tensors(self) -> None:
         if not self.count:
@@ -88,18 +132,10 @@ class Manifest:
 
     def require_fit(self, held: Variants) -> None:
         """ValueError unless it has exactly these tensors, under each of its names for them."""
-        wanted, brought = _kinds(held), tuple(kind for layout in self.layouts for kind in layout.kinds)
-        if wanted != brought:
+        fits = all(layout.fits(held) for layout in self.layouts)
+        if not fits or self.count != sum(map(len, held.values())):
+            wanted, brought = _kinds(held), tuple(kind for layout in self.layouts for kind in layout.kinds)
             raise ValueError(f"weights of version {self.version}: {_difference(wanted, brought)}")
-
-    def unpack(self, buckets: Sequence[Tensor]) -> dict[str, dict[str, Tensor]]:
-        """The tensors, as views of the buckets."""
-        variants: dict[str, dict[str, Tensor]] = {}
-        for layout, bucket in zip(self.layouts, buckets, strict=True):
-            parts = bucket.view(getattr(torch, layout.dtype)).split(layout.numels)
-            for kind, part in zip(layout.kinds, parts, strict=True):
-                variants.setdefault(kind.variant, {})[kind.name] = part.view(kind.shape)
-        return variants
 
 
 def describe(version: int, variants: Variants) -> Manifest:
@@ -118,29 +154,19 @@ def pack(
     table = _table(_kinds(variants), bucket_bytes)
     buckets, checksums = [], []
     for layout in _read(table):
-        bucket = memory.take(layout.num_bytes)
-        tensors = [variants[kind.variant][kind.name].reshape(-1) for kind in layout.kinds]
-        checksums.append(_fill(bucket.view(getattr(torch, layout.dtype)), tensors))
+        bucket, total = memory.take(layout.num_bytes), xxhash.xxh3_64()
+        flat = bucket.view(getattr(torch, layout.dtype))
+        for start, end, kinds, _ in layout.pieces:
+            piece = flat[start:end]
+            tensors = [variants[kind.variant][kind.name].reshape(-1) for kind in kinds]
+            if tensors[0].device == flat.device:
+                torch.cat(tensors, out=piece)
+            else:
+                piece.copy_(torch.cat(tensors))
+            total.update(piece.view(torch.uint8).numpy().data)
+        checksums.append(total.intdigest())
         buckets.append(bucket)
     return Manifest(version, table, tuple(checksums), canary), buckets
-
-
-def _fill(flat: Tensor, tensors: Sequence[Tensor]) -> int:
-    """Copies the tensors into it, one after the other; the checksum of them all."""
-    total, start, end = xxhash.xxh3_64(), 0, 0
-    run: list[Tensor] = []
-    for number, tensor in enumerate(tensors, 1):
-        run.append(tensor)
-        end += tensor.numel()
-        part = flat[start:end]
-        if part.nbytes >= CACHED_BYTES or number == len(tensors):
-            if tensor.device == flat.device:
-                torch.cat(run, out=part)
-            else:
-                part.copy_(torch.cat(run))
-            total.update(part.view(torch.uint8).numpy().data)
-            run, start = [], end
-    return total.intdigest()
 
 
 class Memory:
@@ -168,6 +194,10 @@ class Memory:
 def checksum(bucket: Tensor) -> int:
     """xxh3, 64 bits: 25 GB/s where crc32 makes 4 (benchmarks/publish.py). Against accidents, not against attackers."""
     return xxhash.xxh3_64_intdigest(bucket.numpy().data)
+
+
+def sizes_of(buckets: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(bucket.nbytes for bucket in buckets)
 
 
 def _kinds(variants: Variants) -> tuple[Kind, ...]:
@@ -207,7 +237,17 @@ def _read(table: bytes) -> tuple[Layout, ...]:
         tuple(Kind(variant, name, dtype, tuple(shape)) for variant, name, dtype, shape in bucket)
         for bucket in json.loads(table)
     ]
-    return tuple(Layout(kinds[0].dtype, kinds, tuple(math.prod(kind.shape) for kind in kinds)) for kinds in buckets)
+    return tuple(Layout(kinds[0].dtype, kinds, tuple(_pieces(kinds))) for kinds in buckets)
+
+
+def _pieces(kinds: Sequence[Kind]) -> Iterator[Piece]:
+    """Each at least ``CACHED_BYTES`` long, but for the last."""
+    itemsize, start, first, numels = getattr(torch, kinds[0].dtype).itemsize, 0, 0, list[int]()
+    for number, kind in enumerate(kinds, 1):
+        numels.append(math.prod(kind.shape))
+        if sum(numels) * itemsize >= CACHED_BYTES or number == len(kinds):
+            yield Piece(start, start + sum(numels), tuple(kinds[first:number]), tuple(numels))
+            start, first, numels = start + sum(numels), number, []
 
 
 def _difference(wanted: Sequence[Kind], brought: Sequence[Kind]) -> str:
