@@ -41,7 +41,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         yield f"algorithm.num_times is {times}, but the rollout has only {rollout.num_steps} levels; lower it"
     if evaluation.weights == "ema" and config.ema is None:
         yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9} or evaluation.weights=policy"
-    if evaluation.weights == "old" and not needs.old:
+    if evaluation.weights == "old" and "old" not in needs.copies:
         yield "evaluation.weights is old, but this algorithm keeps no old policy; set evaluation.weights=policy"
     if evaluation.num_images % evaluation.samples_per_prompt:
         whole = max(1, evaluation.num_images // evaluation.samples_per_prompt) * evaluation.samples_per_prompt

@@ -22,7 +22,7 @@ from rlalign.settings import Settings
 from rlalign.sharding import cut, gathered, shard, swap
 from rlalign.types import Cond, Level, Schedule, Size, Trajectory
 
-Variant = Literal["policy", "old", "ema", "reference"]
+Variant = Literal["policy", "old", "ema", "reference", "start", "teacher"]
 FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")
 """Euler-Maruyama kernels, on the path x = (1 - sigma) x0 + sigma eps only."""
 
@@ -106,7 +106,7 @@ class Step:
 
 
 class Policy:
-    """``policy`` is what the net holds; ``old`` and ``ema`` are copies; ``reference`` is the start."""
+    """``policy`` is what the net holds; ``reference`` what the run began with; all others are copies that lag."""
 
     def __init__(
         self, family: Family, settings: RolloutConfig, parameters: dict[str, nn.Parameter], lora: bool

@@ -16,6 +16,7 @@ from rlalign.policy import Policy
 from rlalign.types import Scores, State, Trajectory
 
 SampleWith = Literal["policy", "old", "ema"]
+Copy = Literal["old", "start", "teacher"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +24,14 @@ class Needs:
     """What an algorithm needs of the rest; everything else is not computed, kept or shipped."""
 
     trajectory: bool  # stochastic steps kept with their log-probs; False: final latents alone
-    old: bool = False  # a second, lagging set of weights
+    copies: tuple[Copy, ...] = ()
+    """Further sets of weights that the learner keeps, each the policy's own at first; ``after_step`` moves them.
+
+    By convention ``old`` lags behind and may be what samples, ``start`` is what the step began with, ``teacher`` an
+    anchor.
+    """
     silent_zero: bool = False  # a row with advantage 0 has no gradient, so micro-batches of such rows may be skipped
+    whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +52,11 @@ class Algorithm(Protocol):
         ...
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        """Losses of one micro-batch: every row its own prompt (P = B = b), advantages [b]. One backward per Loss."""
+        """Losses of one micro-batch: every row its own prompt (P = B = b), advantages [b]. One backward per Loss.
+
+        Rows of a group have the first two numbers of ``sample.address`` in common. With ``needs.whole_groups`` all its
+        rows are there, in order, but for those left out: invalid ones and, with ``silent_zero``, those of advantage 0.
+        """
         ...
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:

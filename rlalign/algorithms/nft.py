@@ -24,15 +24,16 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.forward import Noised, fixed_velocity, noised, velocity
 from rlalign.algorithms.losses import mean_square
 from rlalign.ema import ramp
 from rlalign.mdp.noise import Noise
-from rlalign.policy import Policy, Variant
+from rlalign.policy import Policy
 from rlalign.settings import Settings
 from rlalign.types import Scores, State, Trajectory
 
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
-Weighting = Literal["adaptive", "uniform"]
+Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not of the velocity's
 
 
 class Ramp(Settings):
@@ -104,7 +105,7 @@ def branch_losses(
 
 
 class Algorithm:
-    needs = Needs(trajectory=False, old=True)
+    needs = Needs(trajectory=False, copies=("old",))
     sample_with: SampleWith = "old"
 
     def __init__(self, config: Config) -> None:
@@ -117,7 +118,7 @@ class Algorithm:
         rho = optimality(advantages, self.config.adv_clip, self.config.adv_mode)
         times = self.times(sample, noise)
         for index, t in enumerate(times.unbind(1)):
-            loss = self._loss(policy, sample, rho, t, self._noised(sample, t, noise, index))
+            loss = self._loss(policy, sample, rho, noised(sample, t, noise, index))
             yield Loss(loss.rows / times.shape[1], loss.means)
 
     def times(self, sample: Trajectory, noise: Noise) -> Tensor:
@@ -130,18 +131,12 @@ class Algorithm:
         orders = [noise.permutation("train/times", place, len(grid)) for place in places]
         return grid[torch.stack(orders)[:, :number]].to(sample.final)
 
-    def _noised(self, sample: Trajectory, t: Tensor, noise: Noise, index: int) -> Tensor:
-        """x_t = (1 - t) x0 + t ε [b, *L]."""
-        x0, times = sample.final, t.reshape(-1, *[1] * (sample.final.ndim - 1))
-        epsilon = noise.normal("train/noise", sample.address, index, tuple(x0.shape[1:]), x0.dtype).to(x0)
-        return (1 - times) * x0 + times * epsilon
-
-    def _loss(self, policy: Policy, sample: Trajectory, rho: Tensor, t: Tensor, x_t: Tensor) -> Loss:
+    def _loss(self, policy: Policy, sample: Trajectory, rho: Tensor, at: Noised) -> Loss:
         config = self.config
-        v_old = _fixed_velocity(policy, "old", sample, x_t, t)  # these first: they borrow the parameters of the graph
-        v_ref = _fixed_velocity(policy, "reference", sample, x_t, t) if config.kl_weight > 0 else None
-        v = policy.predict_noised(sample, x_t, t).velocity
-        positive, negative = branch_losses(sample.final, x_t, t, v, v_old, config.beta, config.weighting)
+        v_old = fixed_velocity(policy, "old", sample, at)
+        v_ref = fixed_velocity(policy, "reference", sample, at) if config.kl_weight > 0 else None
+        v = velocity(policy, sample, at)
+        positive, negative = branch_losses(at.x0, at.x, at.t, v, v_old, config.beta, config.weighting)
         policy_loss = config.adv_clip * (rho * positive + (1 - rho) * negative) / config.beta
         rows, means = policy_loss, {"policy_loss": policy_loss, "positive_loss": positive, "negative_loss": negative}
         means["old_deviate"] = mean_square(v - v_old)
@@ -160,12 +155,6 @@ class Algorithm:
 
     def load_state_dict(self, state: State) -> None:
         pass
-
-
-@torch.no_grad()
-def _fixed_velocity(policy: Policy, name: Variant, sample: Trajectory, x_t: Tensor, t: Tensor) -> Tensor:
-    with policy.using(name):
-        return policy.predict_noised(sample, x_t, t).velocity
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -178,7 +178,7 @@ def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajecto
 
 def _memory(config: RunConfig, algorithm: Algorithm, weights: Weights, kept: Kept | None) -> Iterator[tuple[str, str]]:
     images = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    copies = algorithm.needs.old + (config.ema is not None) + (config.model.lora is None)
+    copies = len(algorithm.needs.copies) + (config.ema is not None) + (config.model.lora is None)
     frozen = weights.all * _itemsize(config)
     own = weights.trained * (4 + 4 + 8 + 4 * copies)  # weight, gradient, two moments, copies
     yield "weights", f"{weights.all:,} parameters, {weights.trained:,} trained ({_how(config)})"

@@ -91,8 +91,8 @@ class Learner:
             weight_decay=optimizer.weight_decay,
             fused=True,
         )
-        if algorithm.needs.old:
-            policy.keep("old")
+        for name in algorithm.needs.copies:
+            policy.keep(name)
         if ema:
             policy.keep("ema")
 
@@ -181,6 +181,9 @@ class Learner:
 
     def _micro_batches(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Rows [micro_batch] with their weights (0 = padding). Rows without signal stand together and go unvisited."""
+        if self.algorithm.needs.whole_groups:
+            yield from self._whole_groups(batch, rows, advantages)
+            return
         if self.algorithm.needs.silent_zero:
             silent = advantages[rows] == 0
             rows = torch.cat([rows[~silent], rows[silent]])
@@ -189,6 +192,20 @@ class Learner:
         size = self.policy.settings.micro_batch
         for places, real in in_micro_batches(lambda places: places, len(rows), size):
             yield rows[places], (torch.arange(size) < real).float().to(self.policy.device)
+
+    def _whole_groups(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """As many whole groups as fit into a micro-batch, at least one; none is padded, which would change its sums."""
+        if self.algorithm.needs.silent_zero and advantages[rows].any():
+            rows = rows[advantages[rows] != 0]
+        _, sizes = batch.address[rows, :2].unique_consecutive(dim=0, return_counts=True)
+        part: list[Tensor] = []
+        for group in [*rows.split(sizes.tolist()), None]:
+            held = sum(map(len, part))
+            if part and (group is None or held + len(group) > self.policy.settings.micro_batch):
+                yield torch.cat(part), torch.ones(held, device=self.policy.device)
+                part = []
+            if group is not None:
+                part.append(group)
 
     def _apply_gradient(self) -> float:
         parameters = list(self.policy.parameters.values())
