@@ -23,6 +23,8 @@ from rlalign.runfile import Tree
 from rlalign.runtime.local import LocalPool, LocalRuntime
 from rlalign.runtime.pool import Pool, Runtime
 from rlalign.runtime.weights import ObjectStore, Publisher
+from rlalign.scoring import load_rewards
+from rlalign.scoring.gradients import reward_sum
 from rlalign.workers.group import Group
 from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
@@ -97,6 +99,8 @@ def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
 
 def make_learner(config: RunConfig, policy: Policy, algorithm: Algorithm, group: Group | None = None) -> Learner:
     noise, updates = Noise(config.seed), config.updates_per_step
+    if algorithm.needs.reward_gradient:
+        vars(algorithm)["reward"] = reward_sum(load_rewards(config.rewards))
     return Learner(policy, algorithm, noise, config.optimizer, config.ema, updates, group)
 
 

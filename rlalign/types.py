@@ -82,6 +82,7 @@ class Trajectory:
     final: Tensor  # [B, *L]   clean latent
     version: Tensor  # [B] int64   which weights sampled the row
     address: Tensor  # [B, 3] int64   (step, group, sample): seeds are addresses
+    prompts: tuple[Prompt, ...] = ()  # P   for algorithms that differentiate rewards
 
     @property
     def num_rows(self) -> int:
@@ -100,6 +101,7 @@ class Trajectory:
             cond={name: value[prompts] for name, value in self.cond.items()},
             uncond=None if self.uncond is None else {name: value[prompts] for name, value in self.uncond.items()},
             steps=self.steps[prompts],
+            prompts=tuple(self.prompts[prompt] for prompt in prompts.tolist()) if self.prompts else (),
             **{name: getattr(self, name)[rows] for name in per_row},
         )
 
@@ -115,6 +117,7 @@ class Trajectory:
             first,
             cond=_joined([part.cond for part in parts]),
             uncond=None if first.uncond is None else _joined([part.uncond or {} for part in parts]),
+            prompts=tuple(prompt for part in parts for prompt in part.prompts),
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in joined},
         )
 

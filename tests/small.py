@@ -44,6 +44,8 @@ def workers(
 ) -> tuple[Sampler, Learner]:
     """A sampler and a learner that share one policy."""
     shared, noise = policy(settings), Noise(0)
+    if chosen.needs.reward_gradient:
+        vars(chosen)["reward"] = lambda images, prompts: analytic.numbers(images)[:, 0]
     learner = Learner(shared, chosen, noise, OptimizerConfig(lr=lr), ema, **more)
     return Sampler(shared, noise, chosen.sample_with, chosen.needs.trajectory, shares=True), learner
 

@@ -85,7 +85,7 @@ def test_train_leaves_a_run_and_says_where(capsys: Capture, monkeypatch: pytest.
     assert [row["step"] for row in rows("runs/run")] == [0, 1]
     assert all(row["ratio/max_abs_dev"] == 0 for row in rows("runs/run"))
     info = json.loads(Path("runs/run/run.json").read_text())
-    assert info["status"] == "finished"
+    assert info["status"] == "finished" and ">finished<" in Path("runs/run/report.html").read_text()
     roles = [worker["role"] for worker in json.loads(Path("runs/run/workers.json").read_text())]
     assert sorted(roles) == ["learner", "sampler", "scorer"]
 

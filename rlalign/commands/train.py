@@ -83,8 +83,8 @@ def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run
             current.mark("failed", current.info.step)
         raise
     with in_training():
+        current.mark("finished", config.steps)  # first: the report shows it
         write_pages(folder)
-        current.mark("finished", config.steps)
     _say_results(folder)
     return 0
 

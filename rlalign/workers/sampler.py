@@ -140,6 +140,7 @@ class Sampler:
             final=torch.cat([part.final[:n] for part, n in parts]),
             version=torch.full((len(address),), version),
             address=address,
+            prompts=unit.prompts,
         )
 
     def _pictures(self, final: Tensor) -> Tensor:

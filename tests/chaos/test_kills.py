@@ -27,8 +27,8 @@ def first(images, prompts):
 """
 
 
-@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
-def test_a_run_killed_five_times_equals_the_unbroken_one(tmp_path: Path, algorithm: str) -> None:
+@pytest.mark.parametrize(("algorithm", "kills"), [("grpo", 2), ("nft", 5)])
+def test_a_run_that_is_killed_equals_the_unbroken_one(tmp_path: Path, algorithm: str, kills: int) -> None:
     (tmp_path / "run.yaml").write_text(RUN_FILE.format(algorithm=algorithm))
     (tmp_path / "reward.py").write_text(REWARD)
     (tmp_path / "train.txt").write_text("\n".join(f"prompt {i}" for i in range(10)))
@@ -36,6 +36,6 @@ def test_a_run_killed_five_times_equals_the_unbroken_one(tmp_path: Path, algorit
     alone, broken = tmp_path / "alone", tmp_path / "broken"
     words = ["train", str(tmp_path / "run.yaml"), "--run-dir"]
     finish([*words, str(alone)])
-    hit = killed_run([*words, str(broken)], broken, steps=24, kills=5, seed=1)
-    assert hit == 5, "the run ended before it was killed as often as meant"
+    hit = killed_run([*words, str(broken)], broken, steps=24, kills=kills, seed=1)
+    assert hit == kills, "the run ended before it was killed as often as meant"
     assert result(broken) == result(alone)
