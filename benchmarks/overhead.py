@@ -141,7 +141,13 @@ class Ours:
     """rlalign's sampler and learner on the same network."""
 
     def __init__(
-        self, family: Family, parameters: dict[str, nn.Parameter], rows: int, uncond_grad: bool = True
+        self,
+        family: Family,
+        parameters: dict[str, nn.Parameter],
+        rows: int,
+        uncond_grad: bool = True,
+        updates: int = UPDATES,
+        retain: bool = False,
     ) -> None:
         settings = RolloutConfig(
             prompts_per_step=len(PROMPTS),
@@ -152,11 +158,12 @@ class Ours:
             window=Window(size=family.work.trained, range=(0, family.work.steps - 1)),
             uncond_grad=uncond_grad,
             micro_batch=rows,
+            retain=retain,
         )
         policy, noise = Policy(family, settings, parameters, lora=True), Noise(0)
         self.units = split(0, tuple(PROMPTS), SAMPLES, rows)
         self.sampler = Sampler(policy, noise, "policy", keep_steps=True, shares=True)
-        self.learner = Learner(policy, Algorithm(GRPO()), noise, OptimizerConfig(), None, UPDATES)
+        self.learner = Learner(policy, Algorithm(GRPO()), noise, OptimizerConfig(), None, updates)
         self.advantages = torch.tensor([-1.0, 1.0]).repeat(len(PROMPTS), SAMPLES // 2)
         self.trajectories: list[Trajectory] = []
 

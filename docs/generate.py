@@ -13,7 +13,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from rlalign.algorithms import ddpo, grpo, nft
+from rlalign import plugins
+from rlalign.algorithms import forward
 from rlalign.checkpoint import CheckpointConfig
 from rlalign.config import ModelConfig, PromptsConfig, RunConfig
 from rlalign.evaluation.heldout import EvaluationConfig
@@ -40,10 +41,8 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "window": Window,
     "rewards": RewardConfig,
     "url options": RemoteOptions,
-    "grpo": grpo.Config,
-    "ddpo": ddpo.Config,
-    "nft": nft.Config,
-    "ramp": nft.Ramp,
+    **{name: plugins.load("algorithm", name).Config for name in plugins.names("algorithm")},
+    "ramp": forward.Ramp,
     "optimizer": OptimizerConfig,
     "ema": EmaConfig,
     "evaluation": EvaluationConfig,

@@ -16,7 +16,7 @@ _EPS = 1e-4  # keeps the gradient of black pixels finite
 
 @differentiable
 def saturation(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
-    """Mean (max - min) / max over the channels, HSV's saturation, in [0, 1]. images: float [B, (F,) 3, H, W] in [0, 1]"""
+    """HSV's: the mean of (max - min) / max over the channels, in [0, 1]. images: float [B, (F,) 3, H, W] in [0, 1]"""
     high, low = images.amax(-3), images.amin(-3)
     return ((high - low) / (high + _EPS)).flatten(1).mean(1)
 

@@ -36,6 +36,8 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    if rollout.retain:
+        yield from _no_graph(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     if times is not None and times > rollout.num_steps:
         yield f"algorithm.num_times is {times}, but the rollout has only {rollout.num_steps} levels; lower it"
@@ -60,6 +62,18 @@ def _no_noise(config: "RunConfig") -> Iterator[str]:
         yield (
             f"rollout.noise_level is 0, which makes the steps of {rollout.kernel} deterministic, and this algorithm "
             "learns from stochastic ones; set it above 0"
+        )
+
+
+def _no_graph(config: "RunConfig") -> Iterator[str]:
+    """A graph lives in one process, and is right until the weights move."""
+    runtime = config.runtime
+    if not config.algorithm_module.Algorithm(config.algorithm).needs.log_probs_only:
+        yield "rollout.retain is for algorithms that need log-probs alone, grpo and ddpo without penalty; leave it out"
+    if runtime.kind != "local" or runtime.samplers > 1 or runtime.max_staleness or config.updates_per_step > 1:
+        yield (
+            "rollout.retain needs sampler and learner in one process and one update a step: set runtime.kind: local, "
+            "runtime.samplers: 1, runtime.max_staleness: 0 and algorithm.updates_per_step: 1, or leave it out"
         )
 
 

@@ -13,7 +13,7 @@ from rlalign.ema import blend_
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.rollout import Chain, rollout
-from rlalign.mdp.schedule import flow_schedule, plain_sigmas
+from rlalign.mdp.schedule import exponential_hold, flow_schedule, linear_hold, moving_window, plain_sigmas
 from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import Family
@@ -28,19 +28,52 @@ FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")
 
 
 class Window(Settings):
-    """Which steps are stochastic and trained: ``size`` neighbours, their place drawn per group."""
+    """Which steps are stochastic and trained: ``size`` neighbours, their place drawn per group or moving with time."""
 
     size: int = Field(ge=1)
     """How many steps."""
-    range: tuple[int, int]
-    """First step that may belong to the window, and the step that may not any more."""
+    range: tuple[int, int] | Literal["all", "first_half"] = "all"
+    """First step that may belong to the window, and the step that may not any more; all: the last step alone may not,
+    first_half: the first num_steps/2 may."""
+    schedule: Literal["random", "progressive", "decay", "exp_decay"] = "random"
+    """random: drawn per group; the others move from the noise on, for all groups alike, and stay equally long
+    (progressive) or ever shorter towards the sample (MixGRPO)."""
+    hold: int = Field(default=25, ge=1)
+    """Training steps that a moving window stays at its first place."""
+    stride: int = Field(default=1, ge=1)
+    """Denoising steps that a moving window goes on by."""
+    at_end: Literal["stay", "restart"] = "stay"
+    """What a moving window does at the end of the range."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Window":
-        low, high = self.range
-        if low < 0 or high - low < self.size:
-            raise ValueError(f"a window of {self.size} steps does not fit into range {list(self.range)}")
+        if isinstance(self.range, tuple):
+            self.places(0)
         return self
+
+    def bounds(self, num_steps: int) -> tuple[int, int]:
+        """``range`` in numbers, of a chain of so many steps."""
+        if isinstance(self.range, tuple):
+            return self.range
+        return 0, num_steps - 1 if self.range == "all" else num_steps // 2
+
+    def places(self, num_steps: int) -> int:
+        """At how many steps the window may start."""
+        low, high = self.bounds(num_steps)
+        if low < 0 or high - low < self.size:
+            raise ValueError(f"a window of {self.size} steps does not fit into range {[low, high]}")
+        return high - low - self.size + 1
+
+    def moved(self, step: int, num_steps: int) -> int:
+        """Where a window that is not drawn starts in training step ``step``."""
+        places = self.places(num_steps)
+        hold = {
+            "progressive": lambda start: self.hold,
+            "decay": linear_hold(self.hold, max(1, self.hold // 4), places),
+            "exp_decay": exponential_hold(self.hold),
+        }[self.schedule]
+        start = moving_window(step, 1, places, self.stride, hold, self.at_end == "restart").start
+        return self.bounds(num_steps)[0] + start
 
 
 class RolloutConfig(Settings):
@@ -66,7 +99,7 @@ class RolloutConfig(Settings):
     """Share of the stochastic steps that is kept and trained, drawn per group (DanceGRPO: 0.6)."""
     last_step: Literal["ode", "sde_untrained"] = "ode"
     """sde_untrained adds noise to the last step too, as the first Flow-GRPO pipeline does; never trained."""
-    solver: Literal["euler", "dpmpp_2m"] = "euler"
+    solver: Literal["euler", "dpmpp_2m", "dpmpp_3m"] = "euler"
     """Solver of the deterministic steps."""
     shift: float | None = Field(default=None, gt=0)
     """Time shift of the plain grid; null takes the model's own schedule."""
@@ -82,14 +115,18 @@ class RolloutConfig(Settings):
     """False detaches the unconditional half of guidance, which then costs no backward pass (flow_grpo)."""
     micro_batch: int = Field(default=16, ge=1)
     """Rows of one pass of the net, the same in rollout and replay; part of the numbers."""
+    retain: bool = False
+    """Keep the graph of trained steps for the update, which saves its forward pass and takes memory for all of them."""
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
-        if self.window and self.window.range[1] > self.num_steps - 1:
+        if self.window and self.window.bounds(self.num_steps)[1] > self.num_steps - 1:
             raise ValueError(
                 f"window.range {list(self.window.range)} leaves the {self.num_steps} steps: the last step is always "
                 f"deterministic, so range may end at {self.num_steps - 1} at most"
             )
+        if self.window:
+            self.window.places(self.num_steps)
         if self.cps_logprob == "unscaled" and self.kernel != "cps":
             raise ValueError("cps_logprob: unscaled belongs to kernel: cps")
         return self
@@ -250,17 +287,29 @@ class Policy:
         kept: Tensor,
         noise: Callable[[int], Tensor],
         settings: RolloutConfig,
+        retain: bool = False,
     ) -> Chain:
-        """Denoises x [b, *L]; stochastic [b, N] bool, kept [b, K]; noise(k) -> [b, *L]."""
+        """Denoises x [b, *L]; stochastic [b, N] bool, kept [b, K]; noise(k) -> [b, *L]. See ``mdp.rollout``."""
 
         def predict(state: Tensor, k: int) -> Prediction:
             time = schedule.time[k].to(self.device).expand(state.shape[0])
             level = schedule.level(k, state)
             return self.predict(state, time, level, cond, uncond, settings.guidance_scale)
 
-        return rollout(
-            predict, x, schedule, stochastic, kept, self.kernel, SOLVERS[settings.solver], noise, self.log_prob
-        )
+        solver = SOLVERS[settings.solver]
+        scored = (self.kernel, solver, noise, self.log_prob)
+        return rollout(predict, x, schedule, stochastic, kept, *scored, retain=retain)
+
+    def log_probs(self, sample: Trajectory, slot: int, step: Step | None = None) -> tuple[Tensor, Tensor]:
+        """Of kept step ``slot`` under the weights in use, with a graph, and under those that sampled: [b] each.
+
+        ``step`` is its replay, where it is at hand.
+        """
+        sampled = sample.log_probs[:, slot]
+        if sampled.requires_grad:  # retained in the rollout, under these very weights
+            return sampled, sampled.detach()
+        step = step or self.replay(sample, slot)
+        return self.log_prob(step.gaussian, sample.x_next[:, slot]), sampled
 
     def replay(self, sample: Trajectory, slot: int) -> Step:
         """Kept step ``slot`` again under the weights in use; sample is a micro-batch with P = B = b."""
@@ -269,6 +318,18 @@ class Policy:
         time = sample.schedule.time[at].to(x.device)
         prediction = self.predict(x, time, now, sample.cond, sample.uncond, self.settings.guidance_scale)
         return Step(self.kernel(x, prediction, now, nxt), prediction, now, nxt)
+
+    def old_mean(self, sample: Trajectory, slot: int, step: Step, noise: Noise) -> Tensor:
+        """[b, *L]: where the weights that sampled had the mean of this step, to rounding, without its being stored.
+
+        x_next = mean_old + c z; c does not depend on weights, and z is drawn again from its address.
+        """
+        x_next, at = sample.x_next[:, slot], sample.steps[:, slot].cpu()
+        z = torch.empty_like(x_next)
+        for k in at.unique().tolist():  # groups have windows of their own
+            rows = (at == k).to(x_next.device)
+            z[rows] = noise.normal("rollout/step", sample.address[rows], k, self.latent_shape).to(x_next)
+        return x_next - step.gaussian.std.detach() * z
 
     def predict_noised(self, sample: Trajectory, x: Tensor, t: Tensor) -> Prediction:
         """Forward-process methods: x [b, *L] on the flow path at t [b] in (0, 1)."""
@@ -290,9 +351,11 @@ def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, gro
         return stochastic, torch.zeros(0, dtype=torch.int64)
     address = (step, group, 0)
     if settings.window:
-        low, high = settings.window.range
-        start = low + noise.integer("window", address, high - low - settings.window.size + 1)
-        stochastic[start : start + settings.window.size] = True
+        window = settings.window
+        drawn = window.schedule == "random"
+        low, places = window.bounds(num_steps)[0], window.places(num_steps)
+        start = low + noise.integer("window", address, places) if drawn else window.moved(step, num_steps)
+        stochastic[start : start + window.size] = True
     else:
         stochastic[:-1] = True
     kept = stochastic.nonzero().flatten()

@@ -8,6 +8,7 @@ Shape letters, used everywhere:
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from itertools import accumulate
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -69,6 +70,21 @@ class Schedule:
 
 
 @dataclass(frozen=True, slots=True)
+class Graph:
+    """Log-probs of one step of one micro-batch, kept in the rollout with the graph of that step alone."""
+
+    log_probs: Tensor  # [n] with graph
+    rows: Tensor  # [n] int64   of the batch
+    slots: Tensor  # [n] int64   among the kept steps of each row
+
+    def placed(self, before: int, count: int) -> "Graph":
+        """In a batch, after so many rows of others; of its own rows only the first ``count``, the rest is padding."""
+        real = self.rows < count
+        with torch.enable_grad():
+            return Graph(self.log_probs[real], self.rows[real] + before, self.slots[real])
+
+
+@dataclass(frozen=True, slots=True)
 class Trajectory:
     """What a learner needs of rollouts, exactly as the sampler held it."""
 
@@ -83,6 +99,7 @@ class Trajectory:
     version: Tensor  # [B] int64   which weights sampled the row
     address: Tensor  # [B, 3] int64   (step, group, sample): seeds are addresses
     prompts: tuple[Prompt, ...] = ()  # P   for algorithms that differentiate rewards
+    graphs: tuple[Graph, ...] = ()  # with `rollout.retain`, never between processes
 
     @property
     def num_rows(self) -> int:
@@ -101,7 +118,8 @@ class Trajectory:
             cond={name: value[prompts] for name, value in self.cond.items()},
             uncond=None if self.uncond is None else {name: value[prompts] for name, value in self.uncond.items()},
             steps=self.steps[prompts],
-            prompts=tuple(self.prompts[prompt] for prompt in prompts.tolist()) if self.prompts else (),
+            prompts=tuple(self.prompts[int(prompt)] for prompt in prompts) if self.prompts else (),
+            graphs=(),
             **{name: getattr(self, name)[rows] for name in per_row},
         )
 
@@ -118,6 +136,7 @@ class Trajectory:
             cond=_joined([part.cond for part in parts]),
             uncond=None if first.uncond is None else _joined([part.uncond or {} for part in parts]),
             prompts=tuple(prompt for part in parts for prompt in part.prompts),
+            graphs=joined_graphs([(part.graphs, part.num_rows) for part in parts]),
             **{name: torch.cat([getattr(part, name) for part in parts]) for name in joined},
         )
 
@@ -219,6 +238,14 @@ def _moved(value: Any, device: torch.device | str) -> Any:
     if isinstance(value, dict):
         return {name: tensor.to(device) for name, tensor in cast(Cond, value).items()}
     return value  # the schedule stays on the CPU; its levels move when they meet latents
+
+
+def joined_graphs(parts: Sequence[tuple[Sequence[Graph], int]]) -> tuple[Graph, ...]:
+    """Of consecutive parts of a batch, each with its number of rows."""
+    before = accumulate((count for _, count in parts), initial=0)
+    return tuple(
+        graph.placed(start, count) for (graphs, count), start in zip(parts, before, strict=False) for graph in graphs
+    )
 
 
 def _joined(parts: Sequence[Cond]) -> Cond:

@@ -8,11 +8,17 @@
     advantage_aggr   A = sum_k w_k (r_k - mean_g) / std_g, per reward k          MixGRPO, arXiv 2507.21802
     gdpo             A = c / std(c), c as advantage_aggr                         GDPO, arXiv 2601.05242
 
+Before that rewards may become win rates within their group, after it all but some advantages of a group may become 0:
+
+    winrate          r_i <- mean_{j != i} 1[r_i > r_j], a tie is half a win      Pref-GRPO, arXiv 2508.20751
+    top_bottom       the K highest and the K lowest advantages stay              DanceGRPO's best of n
+    pareto           samples stay that no other beats in every reward            Parrot, arXiv 2401.05675
+
 A group whose rewards are all equal, or of which fewer than two are valid, gets exactly 0: it says nothing.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -21,6 +27,8 @@ from torch import Tensor
 
 from rlalign.settings import Settings
 from rlalign.types import Scores
+
+AdvantageKind = Literal["center", "loo", "group_std", "global_std", "batch", "gdpo", "advantage_aggr"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +47,7 @@ class Std:
 class AdvantageSettings(Settings):
     """The keys of group-relative algorithms that turn rewards into advantages; their ``Config`` takes them over."""
 
-    advantage: Literal["center", "loo", "group_std", "global_std", "batch", "gdpo", "advantage_aggr"] = "global_std"
+    advantage: AdvantageKind = "global_std"
     """What is taken off a reward and what it is divided by; the table is in ``rlalign/algorithms/advantages.py``."""
     std_estimator: Literal["population", "unbiased"] = "population"
     """population divides the squares by n, unbiased by n - 1."""
@@ -51,6 +59,12 @@ class AdvantageSettings(Settings):
     """The lowest share of a group's rewards that its mean and std leave out (MixGRPO); gdpo, loo and batch use all."""
     adv_clip: float = Field(default=5.0, gt=0)
     """Advantages are clamped to +-adv_clip."""
+    rewards_as: Literal["values", "winrate"] = "values"
+    """winrate: each reward counts as the share of its group's other samples that it beats, whatever the margin."""
+    select: Literal["all", "top_bottom", "pareto"] = "all"
+    """Samples of a group that keep their advantage: all, the best and the worst, or those on the Pareto front."""
+    select_count: int = Field(default=4, ge=1)
+    """How many best and how many worst top_bottom selects."""
 
 
 def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
@@ -59,6 +73,9 @@ def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
     std = Std(settings.std_estimator == "unbiased", settings.std_delta, settings.std_floor)
     parts = [reward.values.double() for reward in scores.training.values()]
     weights = [reward.weight for reward in scores.training.values()]
+    if settings.rewards_as == "winrate":
+        parts = [winrate(part, valid) for part in parts]
+        rewards = torch.stack([w * part for w, part in zip(weights, parts, strict=True)]).sum(0)
     advantages = {
         "center": lambda: center(rewards, valid, trim),
         "loo": lambda: loo(rewards, valid),
@@ -68,7 +85,40 @@ def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
         "gdpo": lambda: gdpo(parts, weights, valid, std),
         "advantage_aggr": lambda: advantage_aggr(parts, weights, valid, std, trim),
     }[settings.advantage]()
+    if settings.select == "top_bottom":
+        advantages = torch.where(extremes(advantages, valid, settings.select_count), advantages, 0)
+    if settings.select == "pareto":
+        signed = [part if weight >= 0 else -part for part, weight in zip(parts, weights, strict=True)]
+        advantages = torch.where(pareto_front(signed, valid), advantages, 0)
     return advantages.clamp(-settings.adv_clip, settings.adv_clip).float()
+
+
+class Multipliers:
+    """Rewards that are to reach a bound and no more, by dual ascent (PPO-Lagrangian, Ray et al. 2019).
+
+        maximise Σ w_j r_j  with  mean r_k ≥ d_k:    λ_k <- max(0, λ_k + η (d_k - mean r_k)),  the weight of r_k is λ_k
+
+    all weights divided by 1 + Σ λ, so that a step does not grow with λ.
+    """
+
+    def __init__(self, bounds: Mapping[str, float], rate: float) -> None:
+        self.bounds, self.rate = bounds, rate
+        self.values = dict.fromkeys(bounds, 0.0)
+
+    def weighted(self, scores: Scores) -> Scores:
+        """Moves λ by these rewards, then gives them their new weights."""
+        if unknown := self.bounds.keys() - scores.training.keys():
+            raise ValueError(f"algorithm.constraints: no reward with role train is called {sorted(unknown)[0]!r}")
+        for name, bound in self.bounds.items():
+            seen = scores.training[name].values[scores.training[name].valid].double()
+            if len(seen):
+                self.values[name] = max(0.0, self.values[name] + self.rate * (bound - float(seen.mean())))
+        total = 1 + sum(self.values.values())
+        training = {
+            name: replace(reward, weight=self.values.get(name, reward.weight) / total)
+            for name, reward in scores.training.items()
+        }
+        return replace(scores, rewards={**scores.rewards, **training})
 
 
 def moments(values: Tensor, counted: Tensor, dims: list[int], unbiased: bool = False) -> tuple[Tensor, Tensor]:
@@ -83,6 +133,28 @@ def flat(rewards: Tensor, valid: Tensor) -> Tensor:
     """[P] bool: the group has no two valid rewards that differ, hence no signal."""
     highest = torch.where(valid, rewards, -torch.inf).amax(1)
     return highest <= torch.where(valid, rewards, torch.inf).amin(1)
+
+
+def winrate(rewards: Tensor, valid: Tensor) -> Tensor:
+    """[P, G] in [0, 1]: mean over the group's other valid samples of 1 for a win, ½ for a tie; 0 where invalid."""
+    wins = (rewards[:, :, None] - rewards[:, None, :]).sign() / 2 + 0.5
+    others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(rewards.shape[1], dtype=torch.bool)
+    return torch.where(others, wins, 0).sum(2) / others.sum(2).clamp(min=1)
+
+
+def extremes(values: Tensor, valid: Tensor, count: int) -> Tensor:
+    """[P, G] bool: the ``count`` highest and the ``count`` lowest valid values of each group."""
+    best = torch.where(valid, values, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    worst = torch.where(valid, values, torch.inf).argsort(dim=1, stable=True).argsort(dim=1)
+    return valid & ((best < count) | (worst < count))
+
+
+def pareto_front(rewards: Sequence[Tensor], valid: Tensor) -> Tensor:
+    """[P, G] bool: valid samples that none of their group is at least as good as in all rewards and better in one."""
+    stacked = torch.stack([*rewards])  # [R, P, G]
+    mine, theirs = stacked[..., :, None], stacked[..., None, :]
+    dominated = (theirs >= mine).all(0) & (theirs > mine).any(0) & valid[:, None, :]
+    return valid & ~dominated.any(2)
 
 
 def lowest(rewards: Tensor, valid: Tensor, share: float) -> Tensor:

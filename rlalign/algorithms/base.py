@@ -32,6 +32,7 @@ class Needs:
     """
     silent_zero: bool = False  # a row with advantage 0 has no gradient, so micro-batches of such rows may be skipped
     reward_gradient: bool = False  # differentiates the rewards: the learner sets ``reward`` (see reward_gradients.py)
+    log_probs_only: bool = False  # asks ``Policy.log_probs`` and for no more of a replay, so ``rollout.retain`` will do
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
 
 

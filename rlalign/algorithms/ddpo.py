@@ -82,7 +82,7 @@ def normalize(rewards: Tensor, history: Tensor) -> Tensor:
 
 
 class Algorithm:
-    needs = Needs(trajectory=True, silent_zero=True)
+    needs = Needs(trajectory=True, silent_zero=True, log_probs_only=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -96,8 +96,8 @@ class Algorithm:
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         epsilon = self.config.clip_range
         for slot in range(sample.num_kept):
-            log_probs = policy.log_prob(policy.replay(sample, slot).gaussian, sample.x_next[:, slot])
-            rho = ratio(log_probs, sample.log_probs[:, slot])
+            log_probs, sampled = policy.log_probs(sample, slot)
+            rho = ratio(log_probs, sampled)
             clipped = clipped_policy_loss(rho, advantages, epsilon, epsilon)
             policy_loss = -advantages * log_probs if self.config.mode == "sf" else clipped
             means = {"policy_loss": policy_loss.detach(), **ratio_means(rho, epsilon, epsilon)}
@@ -136,6 +136,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema": None,
         "model": {"lora": {"rank": 4, "alpha": 4}},
     },
+    "reinforce": {"algorithm": {"name": "ddpo", "mode": "sf", "updates_per_step": 1}},
 }
 """256 images a step, as for the JPEG tasks (aesthetic: 2 updates); the paper draws their prompts one by one, not in
-groups. All steps but the last are trained."""
+groups. All steps but the last are trained. ``reinforce`` is the score function, for any model."""

@@ -4,10 +4,13 @@ x_t = (1 - t) x0 + t ε        u = ε - x0        e_θ(x0; t, ε) = mean_D (v_θ
 
 uniform   w = 1                t   w = t                t2   w = t²
 elbo      w = (1 - t) / t      the only one with which ℓ is a bound of the log-likelihood, D ℓ to be exact
+flow_sde  w = (1 - min(t, 0.99)) / (2 0.7² t)     AWM's "ELBO" of a penalty: 1 / (2 s²) with Flow-SDE's s at noise 0.7
 adaptive  ℓ = -mean_D (x̂0 - x0)² / max(sg mean_D |x̂0 - x0|, 1e-5),  x̂0 = x_t - t v_θ     depends on x0 given x_t
+huber     ℓ = -t (√(e + 1e-10) - 1e-5)
+ghuber    ℓ = -t / p ((e + 1e-10)^p - 1e-10^p),  p = 0.25                   AWM, as huber
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -16,13 +19,18 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings
+from rlalign.algorithms.base import Loss
 from rlalign.algorithms.losses import mean_square
+from rlalign.ema import ramp
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Trajectory
+from rlalign.settings import Settings
+from rlalign.types import Level, Trajectory
 
-Weighting = Literal["uniform", "t", "t2", "elbo", "adaptive"]
+TimeWeighting = Literal["uniform", "t", "t2", "elbo", "flow_sde"]
+Weighting = Literal[TimeWeighting, "adaptive", "huber", "ghuber"]
 GUARD = 1e-5  # lower bound of the adaptive denominator
+SMOOTH, POWER = 1e-10, 0.25  # of AWM's huber and ghuber
 
 
 class TimeSettings(AdvantageSettings):
@@ -36,6 +44,48 @@ class TimeSettings(AdvantageSettings):
     """Times outside are not used."""
     time_shift: float = Field(default=1.0, gt=0)
     """s of t -> s t / (1 + (s - 1) t), not for the grid; above 1 it moves times towards the noise."""
+
+
+class ForwardSettings(TimeSettings):
+    """The keys of forward-process algorithms that weigh the velocity's error and may hold it to the reference."""
+
+    weighting: Weighting = "uniform"
+    """w(t) of the velocity's error; the table is in ``rlalign/algorithms/forward.py``."""
+    kl_weight: float = Field(default=0.0, ge=0)
+    """β of the penalty w(t) mean (v - v_ref)²; above 0 it costs one more pass a time."""
+    kl_weighting: TimeWeighting = "uniform"
+    """w(t) of that penalty."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer steps a batch, each on its own share of whole groups."""
+
+
+class RatioSettings(ForwardSettings):
+    """With the keys of algorithms that compare ℓ with what it was when the step began."""
+
+    estimate: Literal["time", "sample"] = "time"
+    """ℓ of each time on its own, or of a sample, the mean over its times, which costs one more pass a time."""
+
+    @property
+    def began_with(self) -> Literal["policy", "start"]:
+        """The weights at the beginning of the step: with a single update the policy's own, which costs nothing."""
+        return "start" if self.updates_per_step > 1 else "policy"
+
+
+class Ramp(Settings):
+    """d = ``start`` before optimizer step ``flat``, then min(start + rate (n - flat), max)."""
+
+    start: float = Field(default=0.0, ge=0, le=1)
+    """d at the start."""
+    flat: int = Field(default=0, ge=0)
+    """Optimizer steps before it grows."""
+    rate: float = Field(default=0.001, ge=0)
+    """Growth of d an optimizer step."""
+    max: float = Field(default=0.5, ge=0, le=1)
+    """Upper bound of d."""
+
+    def at(self, updates: int) -> float:
+        """d after so many optimizer steps."""
+        return ramp(updates, self.flat, self.rate, self.max, self.start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +125,8 @@ def draw_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_grou
     strata = torch.arange(settings.num_times)
     uniform = (strata + noise.uniform("train/times", places, 0, (settings.num_times,))) / settings.num_times
     if settings.times == "logit_normal":
-        uniform = torch.special.ndtri(uniform.double().clamp(1e-6, 1 - 1e-6)).sigmoid()
+        normal = 2**0.5 * torch.erfinv(2 * uniform.double().clamp(1e-6, 1 - 1e-6) - 1)  # its quantiles
+        uniform = normal.sigmoid()
     shifted = settings.time_shift * uniform / (1 + (settings.time_shift - 1) * uniform)
     return (low + (high - low) * shifted).clamp(1e-3, 1 - 1e-3).to(sample.final)
 
@@ -88,16 +139,49 @@ def noised(sample: Trajectory, t: Tensor, noise: Noise, index: int, by_group: bo
     return Noised(x0, (1 - times) * x0 + times * epsilon, t, epsilon)
 
 
+def at_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_group: bool = False) -> Iterator[Noised]:
+    """The final samples at each of their ``num_times`` times."""
+    for index, t in enumerate(draw_times(settings, sample, noise, by_group).unbind(1)):
+        yield noised(sample, t, noise, index, by_group)
+
+
 def velocity(policy: Policy, sample: Trajectory, at: Noised) -> Tensor:
     """[b, *L] with a graph."""
     return policy.predict_noised(sample, at.x, at.t).velocity
 
 
 @torch.no_grad()
-def fixed_velocity(policy: Policy, name: Variant, sample: Trajectory, at: Noised) -> Tensor:
-    """[b, *L] under other weights. To be asked for first: they borrow the parameters of the graph."""
+def fixed_velocity(
+    policy: Policy, name: Variant, sample: Trajectory, at: Noised, guidance: float | None = None
+) -> Tensor:
+    """[b, *L] under other weights. To be asked for first: they borrow the parameters of the graph.
+
+    ``guidance`` replaces the rollout's scale.
+    """
     with policy.using(name):
-        return policy.predict_noised(sample, at.x, at.t).velocity
+        if guidance is None:
+            return policy.predict_noised(sample, at.x, at.t).velocity
+        if sample.uncond is None:
+            raise ValueError("a guided reference needs negative prompts: set rollout.guidance_scale above 1")
+        level = Level(1 - at.wide_t, at.wide_t, sample.schedule.sigma[1].to(at.x.device))
+        return policy.predict(at.x, 1000 * at.t.float(), level, sample.cond, sample.uncond, guidance).velocity
+
+
+def velocities(
+    policy: Policy, sample: Trajectory, at: Noised, others: Iterable[Variant]
+) -> tuple[Tensor, dict[Variant, Tensor]]:
+    """v_θ with a graph, and without one the velocities under other weights; ``policy`` among them is v_θ itself."""
+    fixed: dict[Variant, Tensor] = {
+        name: fixed_velocity(policy, name, sample, at) for name in others if name != "policy"
+    }
+    v = velocity(policy, sample, at)
+    fixed["policy"] = v.detach()
+    return v, fixed
+
+
+def error(v: Tensor, at: Noised, weighting: Weighting) -> Tensor:
+    """-ℓ [b]: how wrong the velocity is, weighted as ℓ is."""
+    return -likelihood(v, at, weighting)
 
 
 def likelihood(v: Tensor, at: Noised, weighting: Weighting) -> Tensor:
@@ -105,24 +189,105 @@ def likelihood(v: Tensor, at: Noised, weighting: Weighting) -> Tensor:
     if weighting == "adaptive":
         missed = at.x - at.wide_t * v - at.x0
         return -mean_square(missed) / missed.detach().abs().flatten(1).mean(1).clamp(min=GUARD)
-    return -time_weight(at.t, weighting) * mean_square(v - at.velocity)
+    e = mean_square(v - at.velocity)
+    if weighting == "huber":
+        return -at.t * ((e + SMOOTH).sqrt() - SMOOTH**0.5)
+    if weighting == "ghuber":
+        return -at.t / POWER * ((e + SMOOTH) ** POWER - SMOOTH**POWER)
+    return -time_weight(at.t, weighting) * e
 
 
-def time_weight(t: Tensor, weighting: Weighting) -> Tensor:
-    """w(t) [b]; ``adaptive`` is no function of t alone."""
+def time_weight(t: Tensor, weighting: TimeWeighting) -> Tensor:
+    """w(t) [b]."""
+    if weighting == "flow_sde":
+        return (1 - t.clamp(max=0.99)) / (2 * 0.7**2 * t)
     return {"uniform": torch.ones_like(t), "t": t, "t2": t.square(), "elbo": (1 - t) / t}[weighting]
 
 
+def anchor(v: Tensor, fixed: Tensor, t: Tensor, weighting: TimeWeighting) -> Tensor:
+    """w(t) mean_D (v - v_fixed)² [b]: the penalty that holds a velocity to another."""
+    return time_weight(t, weighting) * mean_square(v - fixed)
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one of the times says of each sample."""
+
+    share: float  # of the sample's times
+    likelihood: Tensor  # [b] ℓ_θ, with graph
+    fixed: dict[Variant, Tensor]  # [b] ℓ under other weights
+    distances: dict[Variant, Tensor]  # [b] anchors to them, with graph
+
+
+def look(
+    policy: Policy, sample: Trajectory, noise: Noise, settings: RatioSettings, others: Sequence[Variant]
+) -> Iterator[Look]:
+    """A look at each time, with ℓ as ``settings.estimate`` says.
+
+    Of a sample, ℓ has the value of the mean over all times, from a first pass without graph, and at each time that
+    time's gradient: a loss L(ℓ), taken a share a time, then has the gradient L'(mean) times the mean of ∇ℓ, while no
+    more than one graph is held.
+    """
+    if settings.estimate == "time":
+        for at in at_times(settings, sample, noise):
+            yield _look(*velocities(policy, sample, at, others), at, settings)
+        return
+    with torch.no_grad():
+        seen = [(at, *velocities(policy, sample, at, others)) for at in at_times(settings, sample, noise)]
+        parts = [_look(v, fixed, at, settings) for at, v, fixed in seen]
+        whole = mean_over_times([part.likelihood for part in parts])
+        fixed_whole: dict[Variant, Tensor] = {
+            name: mean_over_times([part.fixed[name] for part in parts]) for name in parts[0].fixed
+        }
+    for at, _, fixed in seen:
+        part = _look(velocity(policy, sample, at), fixed, at, settings)
+        slope = part.likelihood - part.likelihood.detach()
+        yield Look(part.share, whole + slope, fixed_whole, part.distances)
+
+
+def _look(v: Tensor, fixed: dict[Variant, Tensor], at: Noised, settings: RatioSettings) -> Look:
+    def own(velocity: Tensor) -> Tensor:
+        return likelihood(velocity, at, settings.weighting)
+
+    likelihoods: dict[Variant, Tensor] = {name: own(other) for name, other in fixed.items()}
+    distances: dict[Variant, Tensor] = {
+        name: anchor(v, other, at.t, settings.kl_weighting) for name, other in fixed.items()
+    }
+    return Look(1 / settings.num_times, own(v), likelihoods, distances)
+
+
+def regression(
+    policy: Policy, sample: Trajectory, weights: Tensor, noise: Noise, settings: ForwardSettings
+) -> Iterator[Loss]:
+    """W w(t) mean (v_θ - u)² + β w_kl(t) mean (v_θ - v_ref)² at each time, row weights W [b] of either sign."""
+    others: list[Variant] = ["reference"] if settings.kl_weight > 0 else []
+    for at in at_times(settings, sample, noise):
+        v, fixed = velocities(policy, sample, at, others)
+        e = error(v, at, settings.weighting)
+        rows = weights * e
+        means = {"policy_loss": rows.detach(), "error": e.detach()}
+        if others:
+            kl = anchor(v, fixed["reference"], at.t, settings.kl_weighting)
+            rows, means["kl"] = rows + settings.kl_weight * kl, kl.detach()
+        yield Loss(rows / settings.num_times, means)
+
+
+def beyond(ratio: Tensor, favour: Tensor, low: float, high: float) -> Tensor:
+    """[b] bool: already further than the clip range allows in the direction that ``favour`` [b] pushes."""
+    return torch.where(favour > 0, ratio > 1 + high, ratio < 1 - low)
+
+
 def group_index(sample: Trajectory) -> Tensor:
-    """[b] int64: equal numbers for rows of one group."""
-    return sample.address[:, :2].unique(dim=0, return_inverse=True)[1].to(sample.final.device)
+    """[b] int64: the first row of the same group, hence equal numbers for rows of one group."""
+    places = sample.address[:, :2].to(sample.final.device)
+    return (places[:, None] == places).all(2).int().argmax(1)
 
 
 def group_mean(values: Tensor, index: Tensor, weights: Tensor | None = None) -> Tensor:
     """[b]: for each row the mean of its group's values, weighted if weights [b] are given."""
-    weights = torch.ones_like(values) if weights is None else weights
-    zeros = values.new_zeros(int(index.max()) + 1)
-    return (zeros.index_add(0, index, values * weights) / zeros.index_add(0, index, weights))[index]
+    shares = (index[:, None] == index).to(values)
+    shares = shares if weights is None else shares * weights
+    return shares @ values / shares.sum(1)
 
 
 def mean_over_times(parts: Sequence[Tensor]) -> Tensor:

@@ -5,9 +5,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rlalign.policy import Step
+from rlalign.mdp.prediction import from_network
+from rlalign.policy import Policy, Step, Variant
+from rlalign.types import Trajectory
 
 KlForm = Literal["gaussian", "no_tau", "mean_sq", "velocity"]
+StepWeight = Literal["none", "tempflow", "flash"]
 
 
 def ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
@@ -18,6 +21,20 @@ def ratio(log_probs: Tensor, old_log_probs: Tensor) -> Tensor:
 def clipped_policy_loss(ratio: Tensor, advantages: Tensor, low: float, high: float) -> Tensor:
     """L = max(-A ρ, -A clip(ρ, 1 - low, 1 + high)): PPO, arXiv 1707.06347 (eq. 7); DDPO and Flow-GRPO, per step."""
     return torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - low, 1 + high))
+
+
+def guarded_ratio(log_probs: Tensor, old_log_probs: Tensor, divergence: Tensor, std: Tensor) -> Tensor:
+    """ρ̃ = exp(c (log π - log π_old + D)), D = (μ - μ_old)² / (2c²): GRPO-Guard, arXiv 2510.22319; all are [b].
+
+    The exponent is z (μ - μ_old): its mean is 0 and its spread the same at every step, which those of log ρ are not.
+    """
+    return (std * (log_probs - old_log_probs + divergence)).exp()
+
+
+def trusted(divergence: Tensor, ratio: Tensor, advantages: Tensor, threshold: float) -> Tensor:
+    """[b] M = 0 where D ≥ δ and the gradient would drive ρ still further from 1: Flow-DPPO, arXiv 2606.11025."""
+    outwards = ((advantages > 0) & (ratio > 1)) | ((advantages < 0) & (ratio < 1))
+    return (~(outwards & (divergence >= threshold))).to(ratio)
 
 
 def ratio_means(ratio: Tensor, low: float, high: float) -> dict[str, Tensor]:
@@ -47,6 +64,34 @@ def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["me
         return mean_square(step.gaussian.mean - reference.gaussian.mean)
     kl = step.gaussian.kl(reference.gaussian, reduction)
     return kl if form == "gaussian" else (step.now.sigma - step.nxt.sigma).flatten() * kl
+
+
+@torch.no_grad()
+def fixed_step(policy: Policy, name: Variant, sample: Trajectory, slot: int) -> Step:
+    """The step under other weights. To be asked for first: they borrow the parameters that a graph would hold."""
+    with policy.using(name):
+        return policy.replay(sample, slot)
+
+
+def step_weights(kind: StepWeight, policy: Policy, sample: Trajectory) -> Tensor:
+    """[b, K]: what the loss of each kept step is multiplied by; mean 1 over the steps that the rollout may keep.
+
+    tempflow   ∝ c_k                                        TempFlow-GRPO, arXiv 2508.04324: s √τ is our c
+    flash      ∝ 1 / γ_k, γ_k = |∂μ_k / ∂output| / c_k      Flash-GRPO, arXiv 2605.15980: log-probs of equal slope
+
+    For Euler-Maruyama kernels γ = √τ (1/s + s (1 - σ) / (2σ)); here it is read off the kernel, whichever it is.
+    """
+    if kind == "none":
+        return torch.ones_like(sample.log_probs)
+    schedule, window = sample.schedule, policy.settings.window
+    low, high = window.bounds(schedule.num_steps) if window else (0, schedule.num_steps - 1)
+    at = torch.arange(schedule.num_steps - 1)
+    x = torch.zeros(len(at), 1, dtype=torch.float64)
+    now, nxt = schedule.level(at, x), schedule.level(at + 1, x)
+    pushed = policy.kernel(x, from_network(policy.family.prediction, x + 1, x, now), now, nxt)  # linear: 0 gives 0
+    std = pushed.std.expand_as(x).flatten()
+    weights = std if kind == "tempflow" else std / pushed.mean.flatten().abs()
+    return (weights / weights[low:high].mean())[sample.steps.cpu()].to(sample.log_probs)
 
 
 def mean_square(x: Tensor) -> Tensor:

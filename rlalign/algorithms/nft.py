@@ -24,27 +24,14 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith
-from rlalign.algorithms.forward import Noised, fixed_velocity, noised, velocity
+from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, velocity
 from rlalign.algorithms.losses import mean_square
-from rlalign.ema import ramp
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, State, Trajectory
 
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not of the velocity's
-
-
-class Ramp(Settings):
-    """d = 0 before optimizer step ``flat``, then min(rate (n - flat), max)."""
-
-    flat: int = Field(default=0, ge=0)
-    """Optimizer steps at the start in which the old policy is the present one."""
-    rate: float = Field(default=0.001, ge=0)
-    """Growth of d an optimizer step."""
-    max: float = Field(default=0.5, ge=0, le=1)
-    """Upper bound of d."""
 
 
 DECAYS = {0: Ramp(rate=0.0, max=0.0), 1: Ramp(rate=0.001, max=0.5), 2: Ramp(flat=75, rate=0.0075, max=0.999)}
@@ -73,7 +60,7 @@ class Config(AdvantageSettings):
     def decay(self, updates: int) -> float:
         """d after so many optimizer steps."""
         rule = self.old_decay if isinstance(self.old_decay, Ramp) else DECAYS[self.old_decay]
-        return ramp(updates, rule.flat, rule.rate, rule.max)
+        return rule.at(updates)
 
 
 def optimality(advantages: Tensor, bound: float, mode: AdvantageMode = "all") -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 from rlalign.mdp.prediction import Prediction
 from rlalign.mdp.solvers import History, Solver, restart
 from rlalign.mdp.transition import Gaussian
-from rlalign.types import Level, Schedule
+from rlalign.types import Graph, Level, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +20,7 @@ class Chain:
     x_next: Tensor  # [B, K, *L]   after it, rounded
     log_probs: Tensor  # [B, K]   in the latents' precision
     final: Tensor  # [B, *L]
+    graphs: tuple[Graph, ...] = ()
 
 
 @torch.no_grad()
@@ -34,11 +35,13 @@ def rollout(
     noise: Callable[[int], Tensor],
     log_prob: Callable[[Gaussian, Tensor], Tensor],
     round_to: torch.dtype | None = None,
+    retain: bool = False,
 ) -> Chain:
     """Denoises x [B, *L]. Rows may differ in which steps are stochastic [B, N] bool and which of those are kept [B, K].
 
     predict(x, k) is the guided prediction at step k; noise(k) -> [B, *L] is asked for only where a row needs it. With
-    ``round_to`` every state is rounded to that precision, before it is scored, and goes on in x's own.
+    ``round_to`` every state is rounded to that precision, before it is scored, and goes on in x's own. With ``retain``
+    the kept steps' log-probs are there once more with their graphs, each that of its step alone.
     """
     stochastic, kept = stochastic.cpu(), kept.cpu()
     _check(x, schedule, stochastic, kept)
@@ -46,16 +49,23 @@ def rollout(
     befores = x.new_empty(*kept.shape, *x.shape[1:])
     afters, log_probs = torch.empty_like(befores), x.new_empty(kept.shape)
     history: History | None = None
+    graphs: list[Graph] = []
     for k in range(schedule.num_steps):
-        prediction = predict(x, k)
-        gaussian, x_next, history = _step(x, prediction, schedule, k, stochastic[:, k], history, kernel, solver, noise)
-        x_next = _rounded(x_next, round_to)
         rows, slots = (index.to(x.device) for index in (kept == k).nonzero(as_tuple=True))
-        if gaussian is not None and len(rows):
-            befores[rows, slots], afters[rows, slots] = x[rows], x_next[rows]
-            log_probs[rows, slots] = log_prob(gaussian, x_next)[rows]
+        with torch.set_grad_enabled(retain and len(rows) > 0):
+            prediction = predict(x, k)
+            gaussian, x_next, history = _step(
+                x, prediction, schedule, k, stochastic[:, k], history, kernel, solver, noise
+            )
+            x_next = _rounded(x_next.detach(), round_to)
+            if gaussian is not None and len(rows):
+                befores[rows, slots], afters[rows, slots] = x[rows], x_next[rows]
+                scored = log_prob(gaussian, x_next)[rows]
+                log_probs[rows, slots] = scored.detach()
+                if retain:
+                    graphs.append(Graph(scored, rows, slots))
         x = x_next
-    return Chain(befores, afters, log_probs, x)
+    return Chain(befores, afters, log_probs, x, tuple(graphs))
 
 
 def _step(

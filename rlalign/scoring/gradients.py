@@ -17,8 +17,8 @@ def reward_sum(rewards: Sequence[Reward]) -> Callable[[Tensor, Sequence[Prompt]]
     for reward in trained:
         if not reward.differentiable or reward.groupwise:
             raise ValueError(
-                f"reward {reward.config.name!r} has no gradient, which this algorithm needs: mark it @differentiable if "
-                "it is written in differentiable torch, give it role: monitor, or choose another algorithm"
+                f"reward {reward.config.name!r} has no gradient, which this algorithm needs: mark it @differentiable "
+                "if it is written in differentiable torch, give it role: monitor, or choose another algorithm"
             )
 
     def total(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
@@ -32,6 +32,8 @@ def scores_of(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Tens
     """[B] of one reward."""
     answer = reward.function(images, prompts)
     scores: object = answer["score"] if isinstance(answer, Mapping) else answer
-    if not isinstance(scores, Tensor) or scores.shape != images.shape[:1] or scores.requires_grad < images.requires_grad:
-        raise ValueError(f"reward {reward.config.name!r} is marked @differentiable, but its scores [B] have no gradient")
+    if not isinstance(scores, Tensor) or scores.shape != images.shape[:1]:
+        raise ValueError(f"reward {reward.config.name!r} is @differentiable, so its scores have to be a tensor [B]")
+    if images.requires_grad and not scores.requires_grad:
+        raise ValueError(f"reward {reward.config.name!r} is marked @differentiable, but its scores have no gradient")
     return scores

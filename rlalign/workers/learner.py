@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -157,13 +158,18 @@ class Learner:
     def _optimizer_step(
         self, batch: Trajectory, rows: Tensor, total: int, advantages: Tensor, metrics: "Metrics", first: bool
     ) -> None:
+        if batch.graphs:  # gradients go as far as the log-probs, and from there through what the rollout kept
+            batch = replace(batch, log_probs=batch.log_probs.clone().requires_grad_())
         for micro, weight in self._passes(batch, rows, advantages):
             sample = batch.take(micro).to(self.policy.device)
             for loss in self.algorithm.losses(
                 self.policy, sample, advantages[micro].to(self.policy.device), self.noise
             ):
-                (loss.rows * weight).sum().div(total).backward()
+                (loss.rows * weight).sum().div(total).backward(retain_graph=bool(batch.graphs))
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
+        for graph in batch.graphs:
+            assert batch.log_probs.grad is not None
+            graph.log_probs.backward(batch.log_probs.grad[graph.rows, graph.slots])
         norm = self._apply_gradient()
         metrics.note("grad_norm", norm)
         metrics.note("grad_rms", norm / self.num_weights**0.5)
@@ -184,7 +190,7 @@ class Learner:
         if self.algorithm.needs.whole_groups:
             yield from self._whole_groups(batch, rows, advantages)
             return
-        if self.algorithm.needs.silent_zero:
+        if self.algorithm.needs.silent_zero and not batch.graphs:
             silent = advantages[rows] == 0
             rows = torch.cat([rows[~silent], rows[silent]])
             size = self.policy.settings.micro_batch

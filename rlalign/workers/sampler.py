@@ -11,7 +11,7 @@ from torch import Tensor
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.rollout import Chain
 from rlalign.policy import Policy, RolloutConfig, Variant, draw_steps
-from rlalign.types import Cond, Prompt, Trajectory, Unit
+from rlalign.types import Cond, Prompt, Trajectory, Unit, joined_graphs
 from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.weights import Manifest
@@ -126,6 +126,7 @@ class Sampler:
                 kept[groups],
                 noise,
                 plan,
+                retain=keep and plan.retain,
             )
 
         parts = in_micro_batches(chain, len(address), plan.micro_batch)
@@ -141,6 +142,7 @@ class Sampler:
             version=torch.full((len(address),), version),
             address=address,
             prompts=unit.prompts,
+            graphs=joined_graphs([(part.graphs, n) for part, n in parts]),
         )
 
     def _pictures(self, final: Tensor) -> Tensor:

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import (
     AdvantageSettings,
+    Multipliers,
     Std,
     advantage_aggr,
     batch,
     center,
+    extremes,
     flat,
     gdpo,
     global_std,
@@ -20,6 +22,8 @@ from rlalign.algorithms.advantages import (
     loo,
     lowest,
     moments,
+    pareto_front,
+    winrate,
 )
 from rlalign.types import RewardScores, Scores
 
@@ -152,3 +156,88 @@ def test_settings_choose_the_rule_and_clip_last():
     assert torch.allclose(grouped, group_std(total, ALL, Std(unbiased=True, delta=0.5)).float())
     aggregated = group_relative(both, AdvantageSettings(advantage="advantage_aggr"))
     assert torch.allclose(aggregated, advantage_aggr([REWARDS, REWARDS.square()], [1.0, 0.5], ALL, Std()).float())
+
+
+def test_win_rates_by_hand():
+    rewards = torch.tensor([[1.0, 100.0, 2.0, 2.0], [7.0, 7.0, 7.0, 7.0]], dtype=torch.float64)
+    assert close(winrate(rewards, ALL), [[0, 1, 0.5, 0.5], [0.5, 0.5, 0.5, 0.5]])
+    valid = torch.tensor([[True, False, True, True], [True, False, False, False]])
+    assert close(winrate(torch.where(valid, rewards, torch.nan), valid), [[0, 0, 0.75, 0.75], [0, 0, 0, 0]])
+
+
+def test_win_rates_do_not_see_margins_and_add_up_over_rewards():
+    near, far = torch.tensor([[1.0, 2.0, 3.0, 6.0]]), torch.tensor([[-40.0, 2.0, 3.0, 9000.0]])
+    ok = torch.ones(1, 4, dtype=torch.bool)
+    settings = AdvantageSettings(advantage="center", rewards_as="winrate")
+    one, two = (group_relative(Scores({"r": RewardScores(r, ok, "train", 1.0)}), settings) for r in (near, far))
+    assert torch.equal(one, two)
+    assert close(one, [[-1 / 2, -1 / 6, 1 / 6, 1 / 2]])
+    against = {"r": RewardScores(near, ok, "train", 1.0), "s": RewardScores(-far, ok, "train", 2.0)}
+    assert close(group_relative(Scores(against), settings), [[1 / 2, 1 / 6, -1 / 6, -1 / 2]])
+
+
+def test_the_best_and_the_worst():
+    valid = torch.tensor([[True, True, True, True], [True, False, True, True]])
+    values = torch.tensor([[1.0, 2.0, 3.0, 6.0], [0.0, 9.0, 5.0, 5.0]])
+    assert extremes(values, valid, 1).tolist() == [[True, False, False, True], [True, False, True, False]]
+    assert torch.equal(extremes(values, valid, 2), valid)
+
+
+def test_selected_samples_keep_their_advantage():
+    scores = Scores({"r": RewardScores(REWARDS.float(), ALL, "train", 1.0)})
+    settings = AdvantageSettings(advantage="center", select="top_bottom", select_count=1)
+    assert close(group_relative(scores, settings), [[-2, 0, 0, 3], [0, 0, 0, 0]])
+
+
+def test_the_pareto_front_by_hand():
+    first = torch.tensor([[1.0, 2.0, 3.0, 3.0], [1.0, 1.0, 0.0, 2.0]])
+    second = torch.tensor([[5.0, 4.0, 1.0, 0.0], [1.0, 1.0, 0.0, 9.0]])
+    valid = torch.tensor([[True, True, True, True], [True, True, True, False]])
+    assert pareto_front([first, second], valid).tolist() == [[True, True, True, False], [True, True, False, False]]
+    assert pareto_front([first], valid).tolist() == [[False, False, True, True], [True, True, False, False]]
+
+
+def test_off_the_front_there_is_no_advantage():
+    ok = torch.ones(1, 3, dtype=torch.bool)
+    first, cost = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[5.0, 2.0, 3.0]])  # a cost has a negative weight
+    scores = Scores({"r": RewardScores(first, ok, "train", 1.0), "s": RewardScores(cost, ok, "train", -1.0)})
+    computed = group_relative(scores, AdvantageSettings(advantage="center", select="pareto"))
+    assert close(computed, [[0, 4 / 3, 4 / 3]])  # totals -4, 0, 0; the first is beaten in both
+
+
+def constrained(mean: float) -> Scores:
+    ok = torch.ones(1, 2, dtype=torch.bool)
+    values = {"liked": torch.tensor([[0.0, 1.0]]), "legible": torch.tensor([[mean, mean + 0.5]])}
+    return Scores({name: RewardScores(r, ok, "train", 3.0) for name, r in values.items()})
+
+
+def test_a_constraint_weighs_more_while_it_is_missed_and_less_once_it_holds():
+    multipliers = Multipliers({"legible": 0.75}, rate=2.0)
+    first = multipliers.weighted(constrained(0.0)).rewards  # mean 0.25, 0.5 short: λ = 1
+    assert [reward.weight for reward in first.values()] == [1.5, 0.5]
+    multipliers.weighted(constrained(0.0))
+    assert multipliers.values == {"legible": 2.0}
+    last = multipliers.weighted(constrained(2.0)).rewards
+    assert multipliers.values == {"legible": 0.0}
+    assert [reward.weight for reward in last.values()] == [3.0, 0.0]
+
+
+def test_dual_ascent_ends_where_the_constraint_just_holds():
+    """Maximise -(x - 1)²/2 with -x ≥ -0.4: to each λ the best x is 1 - λ, and λ = 0.6 makes it 0.4."""
+    multipliers, x, ok = Multipliers({"small": -0.4}, rate=0.3), 1.0, torch.ones(1, 1, dtype=torch.bool)
+    for _ in range(100):
+        scores = Scores({"small": RewardScores(torch.tensor([[-x]]), ok, "train", 1.0)})
+        multipliers.weighted(scores)
+        x = 1 - multipliers.values["small"]
+    assert (x, multipliers.values["small"]) == pytest.approx((0.4, 0.6), abs=1e-5)
+
+
+def test_failed_rewards_do_not_move_a_constraint_and_unknown_ones_are_refused():
+    multipliers = Multipliers({"legible": 0.75}, rate=2.0)
+    scores = constrained(0.0)
+    nothing = torch.zeros(1, 2, dtype=torch.bool)
+    failed = {**scores.rewards, "legible": RewardScores(torch.zeros(1, 2), nothing, "train", 3.0)}
+    multipliers.weighted(Scores(failed))
+    assert multipliers.values == {"legible": 0.0}
+    with pytest.raises(ValueError, match="no reward with role train is called 'readable'"):
+        Multipliers({"readable": 1.0}, rate=1.0).weighted(scores)

@@ -8,11 +8,14 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlalign.algorithms.base import Loss
-from rlalign.algorithms.grpo import Algorithm, Config
+from rlalign.algorithms.grpo import OVERLAY, PRESETS, Algorithm, Config
+from rlalign.algorithms.losses import step_weights
 from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig, attach
-from rlalign.policy import Policy
-from rlalign.types import Trajectory
+from rlalign.policy import Policy, Window, draw_steps
+from rlalign.runfile import merged
+from rlalign.types import RewardScores, Scores, Trajectory
+from tests import small
 
 from .chains import WEIGHT, make_policy, sample, weight
 
@@ -169,3 +172,57 @@ def test_no_reference_pass_without_a_penalty(policy: Policy, trajectory: Traject
 def test_impossible_settings_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):
         Config(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["tempflow", "flash"])
+def test_a_weight_multiplies_the_policy_term_alone(policy: Policy, trajectory: Trajectory, kind: str):
+    moved(policy)
+    plain, weighed = (losses(policy, trajectory, kl_weight=0.5, step_weight=k) for k in ("none", kind))
+    weights = step_weights(kind, policy, trajectory)  # pyright: ignore[reportArgumentType]
+    assert weights.mean().item() == pytest.approx(1)
+    assert weights.std() > 0.1
+    for slot, (one, two) in enumerate(zip(plain, weighed, strict=True)):
+        assert torch.allclose(two.means["policy_loss"], weights[:, slot] * one.means["policy_loss"])
+        assert torch.equal(two.means["kl"], one.means["kl"])
+
+
+def starts(steps: int, **window: Any) -> list[int]:
+    settings = small.rollout_config(num_steps=10, window={"size": 3, "range": (1, 9), **window})
+    drawn = [[draw_steps(settings, True, Noise(0), step, group)[1] for group in (0, 1)] for step in range(steps)]
+    assert all(torch.equal(*groups) for groups in drawn)
+    assert all(torch.equal(kept, torch.arange(3) + kept[0]) for kept, _ in drawn)
+    return [int(kept[0]) for kept, _ in drawn]
+
+
+def test_a_moving_window_is_where_the_training_step_says():
+    assert starts(8, schedule="progressive", hold=2, stride=2) == [1, 1, 3, 3, 5, 5, 6, 6]
+    assert starts(8, schedule="progressive", hold=2, stride=2, at_end="restart") == [1, 1, 3, 3, 5, 5, 1, 1]
+    assert starts(16, schedule="decay", hold=4)[:13] == [1, 1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 5]
+    assert starts(6, schedule="exp_decay", hold=2) == [1, 1, 2, 2, 3, 3]
+
+
+def test_a_window_never_leaves_its_range_and_keeps_its_size():
+    window = Window(size=4, schedule="progressive", hold=1)
+    assert [window.moved(step, 25) for step in (0, 20, 21, 1000)] == [0, 20, 20, 20]
+    assert (window.bounds(25), Window(size=1, range="first_half").bounds(25)) == ((0, 24), (0, 12))
+    with pytest.raises(ValidationError, match="window of 3 steps does not fit"):
+        small.rollout_config(num_steps=5, window={"size": 3, "range": "first_half"})
+
+
+def test_published_recipes_train_all_steps_unless_they_have_a_window():
+    for name in ("flow_grpo_sd35", "flow_grpo_flux", "dance_flux", "dance_grpo"):
+        assert merged(OVERLAY, PRESETS[name])["rollout"]["window"] is None
+    assert merged(OVERLAY, PRESETS["mix_grpo"])["rollout"]["window"]["schedule"] == "progressive"
+
+
+def test_a_constraint_and_its_state():
+    ok = torch.ones(1, 3, dtype=torch.bool)
+    values = {"liked": torch.tensor([[0.0, 1.0, 2.0]]), "legible": torch.tensor([[2.0, 0.0, 1.0]])}
+    scores = Scores({name: RewardScores(r, ok, "train", 1.0) for name, r in values.items()})
+    algorithm = Algorithm(Config(advantage="center", constraints={"legible": 4.0}, constraint_rate=1.0))
+    expected = torch.tensor([[0.5, -0.75, 0.25]])  # λ = 3: totals (liked + 3 legible) / 4 = 1.5, 0.25, 1.25
+    assert torch.allclose(algorithm.advantages(scores), expected)
+    again = Algorithm(algorithm.config)
+    again.load_state_dict(algorithm.state_dict())
+    assert again.multipliers.values == {"legible": 3.0}
+    assert torch.equal(again.advantages(scores), algorithm.advantages(scores))

@@ -5,11 +5,24 @@ import math
 import pytest
 import torch
 
-from rlalign.algorithms.losses import KlForm, clipped_policy_loss, divergence, mean_square, ratio, ratio_means
+from rlalign.algorithms.losses import (
+    KlForm,
+    StepWeight,
+    clipped_policy_loss,
+    divergence,
+    guarded_ratio,
+    mean_square,
+    ratio,
+    ratio_means,
+    step_weights,
+    trusted,
+)
 from rlalign.mdp.prediction import from_network
-from rlalign.mdp.transition import flow_sde
+from rlalign.mdp.transition import Gaussian, flow_sde
 from rlalign.policy import Step
 from rlalign.types import Level
+
+from .chains import make_policy, sample
 
 
 def test_equal_log_probs_give_a_ratio_of_exactly_one():
@@ -79,3 +92,59 @@ def test_a_divergence_is_zero_and_flat_at_the_reference_and_pulls_back_elsewhere
 
 def test_mean_square_is_per_row():
     assert mean_square(torch.tensor([[[1.0, 3.0]], [[0.0, math.sqrt(2)]]])).tolist() == pytest.approx([5.0, 1.0])
+
+
+def test_the_exponent_of_the_guarded_ratio_is_the_noise_times_the_way_the_mean_went():
+    generator = torch.Generator().manual_seed(0)
+    old, moved, z = (torch.randn(5, 4, 3, generator=generator, dtype=torch.float64) for _ in range(3))
+    std = torch.linspace(0.1, 2, 5).double().reshape(5, 1, 1)
+    one, two = Gaussian(old, std), Gaussian(old + 0.01 * moved, std)
+    x = one.sample(z)
+    rho = guarded_ratio(two.log_prob(x, "mean"), one.log_prob(x, "mean"), two.kl(one, "mean"), std.flatten())
+    assert torch.allclose(rho.log(), (z * 0.01 * moved).flatten(1).mean(1), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rho", "advantage", "mask"),
+    [(1.1, 2.0, 0), (0.9, 2.0, 1), (1.1, -2.0, 1), (0.9, -2.0, 0), (1.0, 2.0, 1), (1.1, 0.0, 1)],
+)
+def test_far_samples_that_would_go_on_are_left_out(rho: float, advantage: float, mask: float):
+    far, near = torch.tensor([0.1]), torch.tensor([0.0999])
+    given = torch.tensor([rho]), torch.tensor([advantage]), 0.1
+    assert trusted(far, *given).item() == mask
+    assert trusted(near, *given).item() == 1
+
+
+def test_the_weights_of_the_steps_are_those_of_the_papers():
+    policy = make_policy(num_steps=10, kernel="flow_sde", noise_level=0.7)
+    trajectory = sample(policy, 1, seed=0)
+    sigma = trajectory.schedule.sigma.double()
+    now, tau = sigma[:-2], sigma[:-2] - sigma[1:-1]
+    s = 0.7 * (now / (1 - torch.where(now == 1, sigma[1], now))).sqrt()
+    gamma = tau.sqrt() * (1 / s + s * (1 - now) / (2 * now))
+    expected: dict[StepWeight, torch.Tensor] = {"tempflow": s * tau.sqrt(), "flash": 1 / gamma}
+    for kind, raw in expected.items():
+        weights = step_weights(kind, policy, trajectory)
+        assert torch.allclose(weights[0], raw / raw.mean(), rtol=1e-6)
+    assert (step_weights("none", policy, trajectory) == 1).all()
+
+
+def test_flash_weights_of_another_kernel():
+    """cps: the mean moves by (√(σ'² - c²) (1 - σ) - α' σ) times the velocity."""
+    policy = make_policy(num_steps=6, kernel="cps", noise_level=0.8)
+    trajectory = sample(policy, 1, seed=0)
+    sigma = trajectory.schedule.sigma.double()
+    now, nxt = sigma[:-2], sigma[1:-1]
+    std = nxt * math.sin(0.4 * math.pi)
+    raw = std / ((nxt.square() - std.square()).sqrt() * (1 - now) - (1 - nxt) * now).abs()
+    assert torch.allclose(step_weights("flash", policy, trajectory)[0], raw / raw.mean(), rtol=1e-6)
+
+
+def test_weights_have_mean_one_over_the_places_of_the_window():
+    window = {"size": 1, "range": (1, 4)}
+    policy, whole = (make_policy(num_steps=6, window=w) for w in (window, None))
+    trajectory = sample(whole, 1, seed=0)  # with all steps, to see the weight of each
+    weights = step_weights("tempflow", policy, trajectory)[0]
+    assert weights[1:4].mean().item() == pytest.approx(1)
+    everywhere = step_weights("tempflow", whole, trajectory)[0]
+    assert torch.allclose(weights, everywhere / everywhere[1:4].mean())

@@ -196,9 +196,11 @@ def test_the_loss_is_a_mean_over_what_is_yielded(run: Run):
     losses = run.losses(run.rows(8), run.algorithm.advantages(run.scores).flatten())
     plain = torch.stack([loss.rows.detach() * len(losses) for loss in losses])
     logged = torch.stack([loss.means["policy_loss"] for loss in losses])
-    penalty = torch.stack([loss.means.get("kl", torch.zeros_like(loss.rows)) for loss in losses])
-    weight = getattr(run.algorithm.config, "kl_weight", 0.0)  # pyright: ignore[reportAttributeAccessIssue]
-    assert torch.allclose(plain, logged + weight * penalty, rtol=1e-4, atol=1e-5)
+    config = run.algorithm.config  # pyright: ignore[reportAttributeAccessIssue]
+    for name in ("kl", "teacher"):
+        penalty = torch.stack([loss.means.get(name, torch.zeros_like(loss.rows)) for loss in losses])
+        logged = logged + getattr(config, f"{name}_weight", 0.0) * penalty
+    assert torch.allclose(plain, logged, rtol=1e-4, atol=1e-5)
 
 
 def test_losses_are_stateless_and_repeat_to_the_last_bit(run: Run):

@@ -8,9 +8,7 @@ from rlalign_rewards.statistics import saturation, sharpness
 
 def test_saturation_is_that_of_hsv() -> None:
     pixels = torch.rand(5, 3, 4, 4, generator=torch.Generator().manual_seed(0)) * 0.9 + 0.1
-    expected = [
-        sum(colorsys.rgb_to_hsv(*rgb)[1] for rgb in picture.flatten(1).T.tolist()) / 16 for picture in pixels
-    ]
+    expected = [sum(colorsys.rgb_to_hsv(*rgb)[1] for rgb in picture.flatten(1).T.tolist()) / 16 for picture in pixels]
     assert saturation(pixels, []).tolist() == pytest.approx(expected, abs=1e-3)
     assert saturation(torch.full((1, 3, 4, 4), 0.7), []).item() == 0
 
@@ -21,7 +19,8 @@ def test_sharpness_is_the_mean_square_of_the_laplacian() -> None:
     dot = torch.zeros(1, 3, 5, 5)
     dot[..., 2, 2] = 0.5
     assert sharpness(dot, []).item() == pytest.approx(100 * (4 * 0.5**2 + 2.0**2) / 9, rel=1e-5)
-    assert sharpness(dot[:, None].expand(1, 3, 3, 5, 5), []).item() == pytest.approx(sharpness(dot, []).item(), rel=1e-5)
+    video = dot[:, None].expand(1, 3, 3, 5, 5)
+    assert sharpness(video, []).item() == pytest.approx(sharpness(dot, []).item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("reward", [saturation, sharpness])

@@ -123,3 +123,34 @@ def test_published_weights_are_copies() -> None:
     next(iter(learner.policy.parameters.values())).data.add_(1)
     manifest.verify(buckets)
     assert manifest.version == 1 and manifest.count == len(learner.policy.parameters)
+
+
+@pytest.mark.parametrize(
+    ("name", "bitwise", "micro_batch"), [("grpo", True, 6), ("grpo", False, 8), ("grpo", False, 5)]
+)
+def test_a_retained_graph_gives_the_gradient_of_the_replay(name: str, bitwise: bool, micro_batch: int) -> None:
+    """To the bit where the learner's micro-batches are those of the rollout."""
+
+    def caught(retain: bool) -> list[Tensor]:
+        chosen = algorithm("grpo")
+        sampler, learner = workers(chosen, rollout_config(micro_batch=micro_batch, retain=retain))
+        found: list[Tensor] = []
+        optimizer: Any = learner.optimizer
+        optimizer.step = lambda: found.extend(p.grad.clone() for p in learner.policy.parameters.values())
+        trajectories = sample(sampler)
+        assert all(bool(trajectory.graphs) == retain for trajectory in trajectories)
+        assert all(not trajectory.x_next.requires_grad for trajectory in trajectories)
+        replays: list[int] = []
+        again = learner.policy.replay
+        learner.policy.replay = lambda *given: (replays.append(1), again(*given))[1]  # type: ignore[method-assign]
+        learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
+        assert bool(replays) is not retain
+        return found
+
+    plain, retained = caught(False), caught(True)
+    assert any(gradient.any() for gradient in plain)
+    for one, other in zip(plain, retained, strict=True):
+        if bitwise:
+            assert torch.equal(one, other)
+        cosine = torch.cosine_similarity(one.flatten().double(), other.flatten().double(), 0)
+        assert cosine > 0.9999

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NoReturn
 
 import torch
@@ -20,7 +21,7 @@ from rlalign.mdp.schedule import (
     moving_window,
     plain_sigmas,
 )
-from rlalign.mdp.solvers import SOLVERS, History, dpmpp_2m, euler, extrapolate
+from rlalign.mdp.solvers import SOLVERS, History, dpmpp_3m, euler, extrapolate_twice, slope_and_bend
 from rlalign.mdp.transition import KERNELS as TRANSITIONS
 from rlalign.mdp.transition import Gaussian, dance_sde, ddim, ddpm, flow_sde, unscaled_log_prob
 from rlalign.models.base import classifier_free_guidance
@@ -171,7 +172,7 @@ def ddim_step(case: Case) -> Outputs:
 
 
 def dpmpp_by_hand(case: Case) -> Outputs:
-    """MixGRPO: 2M's clean latent in the mean of stochastic steps too, and its history kept across them."""
+    """MixGRPO: the solver's clean latent in the mean of stochastic steps too, and its history kept across them."""
     order = _dpmpp_order(case)
     given, x = case.inputs, case.inputs["latents0"]
     schedule = flow_schedule(given["sigmas"], case.dtype)
@@ -180,10 +181,15 @@ def dpmpp_by_hand(case: Case) -> Outputs:
     for k in range(schedule.num_steps):
         now, nxt = schedule.level(k, x), schedule.level(k + 1, x)
         prediction = from_network("velocity", _toy_velocity(given, x, now.sigma), x, now)
-        clean = extrapolate(prediction, now, nxt, history)
+        if history and (order < 3 or (k == schedule.num_steps - 2 and schedule.num_steps < 15)):
+            history = replace(history, before=None)  # no third order in the last step but one of a short chain
+        clean = extrapolate_twice(prediction, now, nxt, history, stretch=2.0)
+        if history and history.before and k < schedule.num_steps - 1:
+            bend = slope_and_bend(prediction, now, nxt, history, history.before)[1]
+            clean = clean + _wrong_bend(now, nxt) * bend
         gaussian = ddpm(x, from_network("sample", clean, x, now), now, nxt, 0.0)
-        solved, remembered = dpmpp_2m(x, prediction, now, nxt, history)
-        history = remembered if order == 2 else None
+        solved, remembered = dpmpp_3m(x, prediction, now, nxt, history)
+        history = remembered if order > 1 else None
         x = gaussian.sample(given["noise"][k]) if case.params["sde_steps"][k] else solved
         latents.append(x)
         originals.append(prediction.x0)
@@ -193,6 +199,14 @@ def dpmpp_by_hand(case: Case) -> Outputs:
         "pred_original": torch.stack(originals),
         "log_probs": torch.stack(log_probs),
     }
+
+
+def _wrong_bend(now: Level, nxt: Level) -> Tensor:
+    """What MixGRPO's clean latent has too much of D2: it takes half of it, with - 1/2 for + 1/2 in its factor."""
+    kept = (now.alpha * nxt.sigma / (nxt.alpha * now.sigma)).square()
+    reach = -kept.log()
+    factor = (1 - kept - reach) / reach.square()
+    return ((factor - 0.5) / 2 - (factor + 0.5)) / (1 - kept)
 
 
 def dpmpp_rollout(case: Case) -> Outputs:
@@ -213,7 +227,7 @@ def dpmpp_rollout(case: Case) -> Outputs:
 
     stochastic = torch.zeros(len(x), schedule.num_steps, dtype=torch.bool)
     kept = torch.zeros(len(x), 0, dtype=torch.int64)
-    solver = SOLVERS["dpmpp_2m" if order == 2 else "euler"]
+    solver = SOLVERS[("euler", "dpmpp_2m", "dpmpp_3m")[order - 1]]
     chain = rollout(predict, x, schedule, stochastic, kept, _never, solver, _never, _never)
     return {
         "latents": torch.stack([*latents, chain.final]),
@@ -228,7 +242,7 @@ def _never(*_: object) -> NoReturn:
 
 def _dpmpp_order(case: Case) -> int:
     order, kind = case.params["order"], case.params.get("solver_type", "midpoint")
-    if order > 2 or kind != "midpoint":
+    if kind != "midpoint":
         raise NotImplementedCase(f"order {order}, {kind}")
     return order
 

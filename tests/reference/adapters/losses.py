@@ -50,14 +50,23 @@ def by_column(values: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
 def advantage_tracker(case: Case) -> Outputs:
     """flow_grpo's PerPromptStatTracker, DiffusionNFT's copy of it."""
     rewards, groups, params = case.inputs["rewards"], Groups(case.inputs["prompt_id"]), case.params
-    if params["type"] != "grpo":
-        raise NotImplementedCase(f"type {params['type']}: selection of samples")
-    kind = adv.global_std if params["global_std"] else adv.group_std
-    std = Std(delta=1e-4)
-    computed: Outputs = {
-        "advantages": by_column(rewards, lambda r: groups.unpack(kind(groups.pack(r), groups.valid, std)))
+    normalize = adv.global_std if params["global_std"] else adv.group_std
+    kinds: dict[str, Callable[[Tensor], Tensor]] = {
+        "grpo": lambda r: normalize(r, groups.valid, Std(delta=1e-4)),
+        "sft": lambda r: adv.pareto_front([r], groups.valid).to(r),
+        "dpo": lambda r: best_and_worst(r, groups.valid),
     }
+    kind = kinds[params["type"]]
+    computed: Outputs = {"advantages": by_column(rewards, lambda r: groups.unpack(kind(groups.pack(r))))}
     return computed | tracker_statistics(rewards, groups)
+
+
+def best_and_worst(rewards: Tensor, valid: Tensor) -> Tensor:
+    """+1 for the best and -1 for the worst of a group. Of equal rewards flow_grpo takes the second and the first."""
+    chosen = adv.extremes(rewards, valid, 1) * adv.center(rewards, valid).sign()
+    equal = adv.flat(rewards, valid)
+    chosen[equal, :2] = chosen.new_tensor([-1.0, 1.0])
+    return chosen
 
 
 def tracker_statistics(rewards: Tensor, groups: Groups) -> Outputs:

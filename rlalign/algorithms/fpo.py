@@ -1,0 +1,80 @@
+"""Flow policy optimisation: PPO whose ratio comes from flow-matching losses of the same noise (arXiv 2507.21053).
+
+    ρ  = exp(mean over T pairs (t, ε) of ℓ_θ - ℓ_old)         ℓ = -w(t) mean (v - ε + x0)²
+    L  = mean over samples of  max(-A ρ, -A clip(ρ, 1 ± ε)) + β w_kl(t) mean (v_θ - v_ref)²
+
+A sample keeps its pairs through all updates of a step. Few pairs make ρ too large on average (Jensen), T = 1 most.
+
+Metrics: ``policy_loss`` before the penalty · ``kl`` = w_kl(t) mean (v_θ - v_ref)² when its weight is positive · the
+ratio's metrics as in grpo.py.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from rlalign.algorithms.advantages import group_relative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.forward import RatioSettings, look
+from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
+from rlalign.mdp.noise import Noise
+from rlalign.policy import Policy, Variant
+from rlalign.types import Scores, State, Trajectory
+
+
+class Config(RatioSettings):
+    """The algorithm block with ``name: fpo``."""
+
+    name: Literal["fpo"] = "fpo"
+    """This algorithm."""
+    times: Literal["grid", "uniform", "logit_normal"] = "uniform"
+    """grid: the rollout's own levels, in each row's order; else one of T strata of (0, 1) each, shifted."""
+    num_times: int = Field(default=8, ge=1)
+    """T: pairs of a time and a noise a sample."""
+    estimate: Literal["time", "sample"] = "sample"
+    """sample is the paper's ratio, of the mean over the pairs, for one more pass each; time: of each pair alone."""
+    clip_range: float = Field(default=0.05, gt=0)
+    """ε of the ratio."""
+    updates_per_step: int = Field(default=2, ge=1)
+    """Optimizer steps a batch, each on its own share of whole groups; with one of them the ratio is 1."""
+
+
+class Algorithm:
+    sample_with: SampleWith = "policy"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        copies = ("start",) if config.updates_per_step > 1 else ()
+        self.needs = Needs(trajectory=False, copies=copies, silent_zero=config.kl_weight == 0)
+
+    def advantages(self, scores: Scores) -> Tensor:
+        return group_relative(scores, self.config)
+
+    def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
+        config, epsilon = self.config, self.config.clip_range
+        others: list[Variant] = [config.began_with, "reference"] if config.kl_weight > 0 else [config.began_with]
+        for seen in look(policy, sample, noise, config, others):
+            rho = ratio(seen.likelihood, seen.fixed[config.began_with])
+            rows = clipped_policy_loss(rho, advantages, epsilon, epsilon)
+            means = {"policy_loss": rows.detach(), **ratio_means(rho, epsilon, epsilon)}
+            if config.kl_weight > 0:
+                rows = rows + config.kl_weight * seen.distances["reference"]
+                means["kl"] = seen.distances["reference"].detach()
+            yield Loss(rows * seen.share, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
+
+    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
+        if "start" in self.needs.copies:
+            policy.blend("start", 0.0)
+        return {}
+
+    def state_dict(self) -> State:
+        return State()
+
+    def load_state_dict(self, state: State) -> None:
+        pass
+
+
+OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}
+"""Second-order ODE rollouts; nothing is stochastic, so kernel and noise_level do not matter."""

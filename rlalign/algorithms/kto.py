@@ -1,0 +1,131 @@
+"""Diffusion-KTO: thumbs up or down for single samples, no pairs (arXiv 2404.04465, eq. 8).
+
+    Δ = ℓ_θ - ℓ_ref,  ℓ = -w(t) mean_D ‖v(x_t, t) - (ε - x0)‖²      how much likelier a sample became; (t, ε) by group
+    z = max(0, mean of Δ over the group), detached                  where a gain begins to count
+    L = mean over rows and times of  λ (1 - σ(± β (Δ - z)))         + for liked ones, - for the others
+
+A sample is liked if its advantage is above the mean of its group, which is 0, or above the group's median. Groups that
+tie have neither. The public code takes z over the batch on a device; here it is the group's, so that it does not
+depend on how rows are packed.
+
+Metrics: ``policy_loss`` · ``z_ref`` = β z · ``accuracy`` = share of rows with ± (Δ - z) > 0 · ``liked_gain`` and
+``disliked_gain`` = the group's mean β Δ of each kind.
+"""
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from rlalign.algorithms.advantages import group_relative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.forward import (
+    Noised,
+    TimeSettings,
+    Weighting,
+    at_times,
+    group_index,
+    likelihood,
+    velocities,
+)
+from rlalign.mdp.noise import Noise
+from rlalign.policy import Policy
+from rlalign.types import Scores, State, Trajectory
+
+
+class Config(TimeSettings):
+    """The algorithm block with ``name: kto``."""
+
+    name: Literal["kto"] = "kto"
+    """This algorithm."""
+    beta: float | None = Field(default=None, gt=0)
+    """β of mean errors; null: a sixteenth of the number of latent elements, the public code's 1000 for SD1.5."""
+    liked: Literal["above_mean", "above_median"] = "above_mean"
+    """Which samples of a group get the thumb up."""
+    liked_weight: float = Field(default=1.0, ge=0)
+    """λ of liked samples."""
+    disliked_weight: float = Field(default=1.0, ge=0)
+    """λ of the others."""
+    weighting: Weighting = "uniform"
+    """w(t) of the errors."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer steps a batch, each on its own share of whole groups."""
+
+
+def thumbs(advantages: Tensor, valid: Tensor, median: bool) -> Tensor:
+    """[P, G]: 1 above the group's mean, 0, or its (lower) median; -1 below or equal; 0 where all advantages are 0."""
+    middle = torch.where(valid, advantages, torch.nan).nanmedian(1, keepdim=True).values if median else 0.0
+    told = valid & (advantages != 0).any(1, keepdim=True)
+    return torch.where(told, (advantages > middle).to(advantages) * 2 - 1, 0)
+
+
+def mean_where(values: Tensor, where: Tensor, group: Tensor) -> Tensor:
+    """[b]: for each row the mean of its group's values over rows with ``where``, 0 if there is none."""
+    zeros = values.new_zeros(int(group.max()) + 1)
+    total = zeros.index_add(0, group, values * where)
+    return (total / zeros.index_add(0, group, where.to(values)).clamp(min=1))[group]
+
+
+def kto_loss(gain: Tensor, sign: Tensor, group: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """1 - σ(± β (Δ - z)) [b], 0 for rows without a thumb, and z [b]."""
+    z = mean_where(gain.detach(), sign != 0, group).clamp(min=0)
+    return (1 - torch.sigmoid(sign * beta * (gain - z))) * sign.abs(), z
+
+
+class Algorithm:
+    needs = Needs(trajectory=False, silent_zero=True, whole_groups=True)
+    sample_with: SampleWith = "policy"
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def advantages(self, scores: Scores) -> Tensor:
+        values = group_relative(scores, self.config)
+        counted = scores.valid if self.config.select == "all" else scores.valid & (values != 0)
+        return thumbs(values, counted, self.config.liked == "above_median")
+
+    def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
+        for at in at_times(self.config, sample, noise, by_group=True):
+            loss = self._loss(policy, sample, advantages, at)
+            yield Loss(loss.rows / self.config.num_times, loss.means)
+
+    def _loss(self, policy: Policy, sample: Trajectory, sign: Tensor, at: Noised) -> Loss:
+        config, group = self.config, group_index(sample)
+        beta = config.beta or sample.final[0].numel() / 16
+        v, fixed = velocities(policy, sample, at, ["reference"])
+        gain = likelihood(v, at, config.weighting) - likelihood(fixed["reference"], at, config.weighting)
+        plain, z = kto_loss(gain, sign.to(gain), group, beta)
+        rows = torch.where(sign > 0, config.liked_weight, config.disliked_weight) * plain
+        means = {
+            "policy_loss": rows,
+            "z_ref": beta * z,
+            "accuracy": (sign * (gain - z) > 0).to(gain),
+            "liked_gain": beta * mean_where(gain, sign > 0, group),
+            "disliked_gain": beta * mean_where(gain, sign < 0, group),
+        }
+        return Loss(rows, {name: value.detach() for name, value in means.items()})
+
+    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> State:
+        return State()
+
+    def load_state_dict(self, state: State) -> None:
+        pass
+
+
+OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}
+"""Second-order ODE rollouts; nothing is stochastic, so kernel and noise_level do not matter."""
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "kto_sd15": {
+        "rollout": {"size": (512, 512), "prompts_per_step": 256, "samples_per_prompt": 8, "solver": "euler"},
+        "algorithm": {"name": "kto", "beta": 1000.0, "num_times": 1, "times": "uniform"},
+        "optimizer": {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "max_grad_norm": 1.0},
+        "model": {"lora": None},
+    },
+}
+"""β, batch of 2048 images and lr of the public code, which trains on a data set of liked and disliked images."""
