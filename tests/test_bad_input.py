@@ -53,7 +53,7 @@ COMMANDS = [
     Case("report no run", ("report", "nosuch"), ("nosuch", "no run")),
     Case("evaluate nothing", ("evaluate", "nosuch"), ("no run file or recipe", "nosuch")),
     Case("unknown weights", ("export", ".", "--to", "lora", "--weights", "best"), ("--weights", "policy", "ema")),
-    Case("unknown reward shown", ("rewards", "show", "sharpnes"), ("sharpnes", "ocr")),
+    Case("unknown reward shown", ("rewards", "show", "sharpnes"), ("sharpnes", "did you mean 'sharpness'")),
     Case("sample no prompts", ("sample", "zoo:scenes"), ("--prompt",)),
     Case("unknown zoo model", ("sample", "zoo:scene", "--prompt", "a"), ("zoo:scene", "did you mean 'scenes'")),
     Case("latents missing", ("sample", "run.yaml", "--latents", "l.safetensors"), ("no file l.safetensors",)),
