@@ -1,4 +1,4 @@
-"""AlignProp: ascent on a differentiable reward through a random number of last steps (arXiv 2310.03739, section 4).
+"""AlignProp: ascent on a differentiable reward through a random number of last steps (arXiv 2310.03739).
 
     L = -r(x_0)        gradients reach back through the last K of N steps, K drawn anew for every batch
 

@@ -1,4 +1,4 @@
-"""DRaFT: ascent on a differentiable reward through the last steps of the sampler (arXiv 2309.17400, eq. 3 and 4).
+"""DRaFT: ascent on a differentiable reward through the last steps of the sampler (arXiv 2309.17400).
 
     DRaFT-K    L = -r(x_0)                              gradients reach back through the last K of N steps
     DRaFT-LV   L = -mean_i r(x̂_0(x_i)), i = 1 .. n      K = 1; x_i = α x_0 + σ ε_i, the sample noised to the last level

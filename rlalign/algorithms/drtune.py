@@ -1,4 +1,4 @@
-"""DRTune: deep reward supervision with the gradient stopped at the net's input (arXiv 2405.00760, section 3).
+"""DRTune: deep reward supervision with the gradient stopped at the net's input (arXiv 2405.00760).
 
     x_{k+1} = a_k x_k + b_k net(sg(x_k), t_k, c)        L = -r(x_0)        the net has a graph in some steps only
 

@@ -1,4 +1,4 @@
-"""ReFL: the reward of the clean latent that one late step predicts (ImageReward, arXiv 2304.05977, algorithm 1).
+"""ReFL: the reward of the clean latent that one late step predicts (ImageReward, arXiv 2304.05977).
 
     L = λ φ(r(x̂_0(x_m)))        φ(r) = relu(2 - r)        m drawn for every batch from the last quarter of the steps
 
