@@ -20,12 +20,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith
+from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import Look, Ramp, RatioSettings, Weighting, look
 from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(RatioSettings):
@@ -56,7 +56,7 @@ class Config(RatioSettings):
 PENALTIES: dict[Variant, str] = {"reference": "kl", "teacher": "teacher"}
 
 
-class Algorithm:
+class Algorithm(Stateless):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -93,12 +93,6 @@ class Algorithm:
         decay = self.config.teacher_decay.at(updates)
         policy.blend("teacher", decay)
         return {"teacher_decay": decay}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

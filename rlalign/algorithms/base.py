@@ -68,3 +68,16 @@ class Algorithm(Protocol):
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
+
+
+class Stateless:
+    """Of an algorithm that remembers nothing between steps and moves no weights after one."""
+
+    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
+        return {}
+
+    def state_dict(self) -> State:
+        return State()
+
+    def load_state_dict(self, state: State) -> None:
+        pass

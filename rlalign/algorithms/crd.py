@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import (
     GUARD,
     ForwardSettings,
@@ -41,7 +41,7 @@ from rlalign.algorithms.forward import (
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 Form = Literal["square", "cross_entropy"]
 FLOOR = 1e-4  # of the reward-adaptive penalty's weight
@@ -98,7 +98,7 @@ def reward_adaptive(targets: Tensor, kl_weight: float) -> Tensor:
     return floor + targets * (1 - floor)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=False, copies=("old", "teacher"), whole_groups=True)
     sample_with: SampleWith = "old"
 
@@ -138,12 +138,6 @@ class Algorithm:
         for name, decay in decays.items():
             policy.blend(name, decay)
         return {f"{name}_decay": decay for name, decay in decays.items()}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import (
     Pairs,
@@ -36,7 +36,7 @@ from rlalign.algorithms.pairs import (
 )
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(PairSettings):
@@ -63,7 +63,7 @@ class Config(PairSettings):
         return log_ratios.clamp(low, high), ((log_ratios < low) | (log_ratios > high)).to(log_ratios)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=True, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
@@ -94,15 +94,6 @@ class Algorithm:
         rows = weight * pair_loss(h, "sigmoid", self.config.beta) * pairs.inside
         means = {"policy_loss": rows.detach(), "clip_fraction": clipped.mean(1)}
         return Loss(rows, {**means, **margin_metrics(pairs, h, implicit)})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 _DDIM: dict[str, Any] = {"kernel": "ddim", "noise_level": 1.0, "solver": "euler", "init_noise": "shared"}

@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import (
     ForwardSettings,
     Noised,
@@ -36,7 +36,7 @@ from rlalign.algorithms.forward import (
 )
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(ForwardSettings):
@@ -74,7 +74,7 @@ def group_weight(gained: Tensor, advantages: Tensor, group: Tensor, beta: float)
     return (beta * group_mean(advantages * gained.detach(), group)).sigmoid()
 
 
-class Algorithm:
+class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.sample_with: SampleWith = config.rollouts
@@ -114,12 +114,6 @@ class Algorithm:
         decay = self.config.old_decay.at(updates)
         policy.blend("old", decay)
         return {"old_decay": decay}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -18,12 +18,12 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import Noised, TimeSettings, Weighting, at_times, likelihood, velocities
 from rlalign.algorithms.pairs import PairLoss, Pairs, PairSettings, margin_metrics, marks_of, pair_loss, pairs_of
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(PairSettings, TimeSettings):
@@ -50,7 +50,7 @@ def implicit_reward(likelihood: Tensor, reference: Tensor, beta: float, half: bo
     return (beta / 2 if half else beta) * (likelihood - reference)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=False, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
@@ -75,15 +75,6 @@ class Algorithm:
         h = pairs.margin(implicit)
         rows = pair_loss(h, config.loss, beta, config.label_smoothing) * pairs.inside
         return Loss(rows, {"policy_loss": rows.detach(), **margin_metrics(pairs, h, implicit)})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -24,12 +24,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import Look, Ramp, RatioSettings, Weighting, beyond, look
 from rlalign.algorithms.losses import ratio_means
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 Objective = Literal["epg", "pepg", "par"]
 KlForm = Literal["girsanov", "k1", "k2", "k3"]
@@ -73,7 +73,7 @@ def kl_estimate(form: Literal["k1", "k2", "k3"], q: Tensor) -> Tensor:
     return {"k1": q, "k2": q.square() / 2, "k3": (-q).exp() - 1 + q}[form]
 
 
-class Algorithm:
+class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.sample_with: SampleWith = "old" if config.old == "old" else "policy"
@@ -114,12 +114,6 @@ class Algorithm:
         decay = self.config.old_decay.at(updates)
         policy.blend(self.needs.copies[0], decay)
         return {"old_decay": decay}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -19,12 +19,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.losses import KlForm, divergence, fixed_step, ratio, trusted
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, Step
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(AdvantageSettings):
@@ -42,7 +42,7 @@ class Config(AdvantageSettings):
     """Optimizer steps a batch, each on its own share of whole groups."""
 
 
-class Algorithm:
+class Algorithm(Stateless):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -79,15 +79,6 @@ class Algorithm:
             kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
             rows, means["kl"] = rows + self.config.kl_weight * kl, kl.detach()
         return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {

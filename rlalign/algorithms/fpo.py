@@ -16,12 +16,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import RatioSettings, look
 from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(RatioSettings):
@@ -41,7 +41,7 @@ class Config(RatioSettings):
     """Optimizer steps a batch, each on its own share of whole groups; with one of them the ratio is 1."""
 
 
-class Algorithm:
+class Algorithm(Stateless):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -68,12 +68,6 @@ class Algorithm:
         if "start" in self.needs.copies:
             policy.blend("start", 0.0)
         return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import (
     Noised,
     TimeSettings,
@@ -32,7 +32,7 @@ from rlalign.algorithms.forward import (
 )
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(TimeSettings):
@@ -74,7 +74,7 @@ def kto_loss(gain: Tensor, sign: Tensor, group: Tensor, beta: float) -> tuple[Te
     return (1 - torch.sigmoid(sign * beta * (gain - z))) * sign.abs(), z
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=False, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
@@ -106,15 +106,6 @@ class Algorithm:
             "disliked_gain": beta * mean_where(gain, sign < 0, group),
         }
         return Loss(rows, {name: value.detach() for name, value in means.items()})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -23,12 +23,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, velocity
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not of the velocity's
@@ -91,7 +91,7 @@ def branch_losses(
     return error(positive), error(negative)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=False, copies=("old",))
     sample_with: SampleWith = "old"
 
@@ -136,12 +136,6 @@ class Algorithm:
         decay = self.config.decay(updates)
         policy.blend("old", decay)
         return {"old_decay": decay}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

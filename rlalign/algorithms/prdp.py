@@ -20,13 +20,13 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import center
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.pairs import whole_trajectory
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.settings import Settings
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(Settings):
@@ -60,7 +60,7 @@ def mean_over_pairs(errors: Tensor, group: Tensor) -> Tensor:
     return torch.where(other, errors, 0).sum(1) / other.sum(1).clamp(min=1)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     needs = Needs(trajectory=True, whole_groups=True)  # a row of average reward takes part in pairs like any other
     sample_with: SampleWith = "policy"
 
@@ -96,15 +96,6 @@ class Algorithm:
         }
         detached = {name: value.detach() for name, value in means.items()}
         return Loss(rows, detached, {"ratio/max_abs_dev": (ratio - 1).abs().amax(1)})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 _DDPM: dict[str, Any] = {"kernel": "ddpm", "window": None, "solver": "euler", "init_noise": "shared"}

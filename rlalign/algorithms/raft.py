@@ -17,11 +17,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import flat
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import ForwardSettings, regression
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(ForwardSettings):
@@ -40,7 +40,7 @@ def best(rewards: Tensor, valid: Tensor, keep: int = 1) -> Tensor:
     return valid & (rewards >= bar) & ~flat(rewards, valid)[:, None]
 
 
-class Algorithm:
+class Algorithm(Stateless):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -52,15 +52,6 @@ class Algorithm:
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         yield from regression(policy, sample, advantages, noise, self.config)
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -20,12 +20,12 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, anchor, at_times, velocities
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(ForwardSettings):
@@ -53,7 +53,7 @@ def target(v_ref: Tensor, v_baseline: Tensor, u: Tensor, advantages: Tensor, kap
     return v_ref + kappa * wide * (u - v_baseline)
 
 
-class Algorithm:
+class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         lagged = config.baseline == "old"
@@ -82,12 +82,6 @@ class Algorithm:
         decay = self.config.old_decay.at(updates)
         policy.blend("old", decay)
         return {"old_decay": decay}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

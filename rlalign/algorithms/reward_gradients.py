@@ -14,13 +14,13 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.solvers import SOLVERS, History
 from rlalign.policy import Policy
 from rlalign.settings import Settings
-from rlalign.types import Prompt, Scores, State, Trajectory
+from rlalign.types import Prompt, Scores, Trajectory
 
 RewardSum = Callable[[Tensor, Sequence[Prompt]], Tensor]
 """Pictures [b, (F,) 3, H, W] in [0, 1] and their prompts -> weighted sum of the training rewards [b], with a graph."""
@@ -39,7 +39,7 @@ class GradientSettings(Settings):
     """Optimizer steps a batch, each on its own share of whole groups."""
 
 
-class RewardGradient:
+class RewardGradient(Stateless):
     """An algorithm but for its ``losses`` and its config."""
 
     needs = Needs(trajectory=False, reward_gradient=True)
@@ -55,15 +55,6 @@ class RewardGradient:
         rewards = self.reward(pictures(policy, latents, settings.checkpointing), sample.prompts)
         rows = -settings.loss_scale * rewards
         return Loss(rows, {"policy_loss": rows.detach(), "reward_with_graph": rewards.detach()})
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 def denoise(

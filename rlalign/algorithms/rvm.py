@@ -19,11 +19,11 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import ForwardSettings, regression
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Scores, Trajectory
 
 
 class Config(ForwardSettings):
@@ -37,7 +37,7 @@ class Config(ForwardSettings):
     """grid: the rollout's own levels, in each row's order; else one of T strata of (0, 1) each, shifted."""
 
 
-class Algorithm:
+class Algorithm(Stateless):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -49,15 +49,6 @@ class Algorithm:
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         yield from regression(policy, sample, advantages, noise, self.config)
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State()
-
-    def load_state_dict(self, state: State) -> None:
-        pass
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}
