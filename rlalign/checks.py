@@ -39,7 +39,8 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     if rollout.retain:
         yield from _no_graph(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
-    if times is not None and times > rollout.num_steps:
+    on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
+    if on_grid and times is not None and times > rollout.num_steps:
         yield f"algorithm.num_times is {times}, but the rollout has only {rollout.num_steps} levels; lower it"
     if evaluation.weights == "ema" and config.ema is None:
         yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9} or evaluation.weights=policy"

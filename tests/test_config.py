@@ -224,6 +224,13 @@ def test_presets_are_sound(run: Path, name: str):
         assert values == type(values).model_validate({**values.model_dump(), **preset[block]})
 
 
+def test_only_times_of_the_rollouts_grid_are_limited_by_it(run: Path):
+    few = ["rollout.num_steps=4", "algorithm.num_times=5"]
+    assert load(run, ["algorithm=ram", *few]).algorithm.num_times == 5  # drawn from (0, 1)
+    with pytest.raises(ValueError, match="only 4 levels"):
+        load(run, ["algorithm=ram", "algorithm.times=grid", *few])
+
+
 def test_doubtful_settings_are_warned_of(run: Path):
     def words(*overrides: str) -> str:
         return "\n".join(warnings(load(run, overrides)))

@@ -8,7 +8,7 @@ from rlalign.scoring.protocol import Reward
 
 
 def reward(name: str, function: object, role: str = "train", weight: float = 1.0, mark: bool = True) -> Reward:
-    return Reward(RewardConfig(use=f"file.py:{name}", role=role, weight=weight), function, differentiable=mark)  # type: ignore[arg-type]
+    return Reward(RewardConfig(use=f"file.py:{name}", role=role, weight=weight), function, differentiable=mark)
 
 
 def mean(images: Tensor, prompts: object) -> Tensor:

@@ -142,7 +142,7 @@ def test_a_retained_graph_gives_the_gradient_of_the_replay(name: str, bitwise: b
         assert all(not trajectory.x_next.requires_grad for trajectory in trajectories)
         replays: list[int] = []
         again = learner.policy.replay
-        learner.policy.replay = lambda *given: (replays.append(1), again(*given))[1]  # type: ignore[method-assign]
+        learner.policy.replay = lambda *given: (replays.append(1), again(*given))[1]
         learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
         assert bool(replays) is not retain
         return found
