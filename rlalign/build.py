@@ -61,6 +61,7 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     wanted = config.runtime
     runtime = RayRuntime(wanted)
     tree = movable(config.tree(), Path.cwd()) if runtime.uploaded else config.tree()
+    runtime.keep_spares(partial(warm_up, tree))
     try:
         learners = runtime.group("learner", partial(learner_from, tree), wanted.learners, Group.address)
         samplers = runtime.pool("sampler", partial(sampler_from, tree), wanted.samplers)
@@ -79,6 +80,12 @@ def movable(tree: Any, home: Path) -> Any:
     if isinstance(tree, list):
         return [movable(value, home) for value in tree]
     return tree.removeprefix(f"{home}/") if isinstance(tree, str) else tree
+
+
+def warm_up(tree: Tree) -> None:
+    """In a process that waits to become a worker: imports this module, and then the code of the run's own parts."""
+    config = resolve(tree, Path(), "config.yaml")
+    plugins.load("model", config.model.family)
 
 
 def sampler_from(tree: Tree) -> Sampler:

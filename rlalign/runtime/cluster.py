@@ -19,6 +19,7 @@ from rlalign.runtime.host import GIB, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.processes import answers, private_folder
 from rlalign.runtime.ray import RayPool
+from rlalign.runtime.spares import Spares
 from rlalign.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ class RayRuntime:
 
     def __init__(self, config: RuntimeConfig) -> None:
         self.config = config
+        self.spares: Spares | None = None
         self.pools: list[RayPool] = []
         self.connected = not ray.is_initialized()
         if self.connected:
@@ -41,6 +43,11 @@ class RayRuntime:
             self._disconnect()
             raise
         self.engine = Engine(config.in_flight_gib * GIB)
+
+    def keep_spares(self, warm: Callable[[], None]) -> None:
+        """For the workers of all pools made after this call; ``warm`` imports what they need."""
+        if self.config.spares:
+            self.spares = Spares(warm)
 
     def pool(self, role: str, make: Callable[..., Any], count: int, memory_gib: float | None = None) -> RayPool:
         """Workers that can be replaced one by one."""
@@ -83,6 +90,8 @@ class RayRuntime:
         self.engine.changed = lambda: None
         for pool in self.pools:
             pool.close()
+        if self.spares is not None:
+            self.spares.close()
         self.placement.release()
         self._disconnect()
 
@@ -90,7 +99,8 @@ class RayRuntime:
         threads = self.config.threads_per_worker
         gpus = self.placement.gpus(role)
         setups = [Setup(f"{role}-{index}", make, threads, gpus, memory_gib) for index in range(count)]
-        pool = RayPool(self.engine, self.placement, self.config, role, setups, together)
+        spares = self.spares if together is None and gpus == 0 else None
+        pool = RayPool(self.engine, self.placement, self.config, role, setups, together, spares)
         self.pools.append(pool)
         return pool
 

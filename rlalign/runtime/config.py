@@ -61,6 +61,9 @@ class RuntimeConfig(Settings):
     """A process that does not answer for so long is replaced."""
     restarts: int = Field(default=5, ge=0)
     """How often in a row a worker may die without finishing anything, and the learners without a checkpoint."""
+    spares: bool = True
+    """Keep one more process on every machine, which has imported everything and follows a sampler or scorer that dies;
+    for workers without a GPU."""
     in_flight_gib: float = Field(default=8.0, gt=0)
     """Trajectories and pictures on their way; above it, no unit of a later step is started."""
 

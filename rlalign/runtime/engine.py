@@ -102,6 +102,18 @@ def want(call: Call) -> None:
             want(ref.call)
 
 
+def make_again(lost: list[Call], waiting: Call) -> int:
+    """Issues calls again whose values were lost and whom ``waiting`` needs, or is one of; how many were done before."""
+    again = [call for call in lost if call.done]
+    for call in again:
+        call.again()
+    if waiting not in lost:
+        waiting.wait_for(lost)
+    for call in lost:
+        want(call)
+    return len(again)
+
+
 def end(actor: Any) -> None:
     """Kills a process, also one that is stopped; it may be gone already."""
     with contextlib.suppress(ValueError, RayError):

@@ -65,6 +65,11 @@ class Placement:
         """Of each worker of this role."""
         return self.shares[role]
 
+    def machine(self, role: str, index: int) -> str:
+        """On which its seat is, "" where it has none."""
+        name, seat = self._seat(role, index)
+        return self._where(name)[seat]
+
     def ready(self, role: str, index: int) -> bool:
         """Whether its seat is on a machine that is up, as far as the cluster knows; all seats, for learners."""
         name, seat = self._seat(role, index)

@@ -17,10 +17,11 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
 from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, refs_in, with_slots
 from rlalign.runtime.config import RuntimeConfig
-from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, want
+from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, make_again, want
 from rlalign.runtime.host import Report, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
+from rlalign.runtime.spares import Spares
 from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
 from rlalign.types import Span
 
@@ -46,9 +47,10 @@ class RayPool:
         role: str,
         setups: Sequence[Setup],
         together: Start | None = None,
+        spares: Spares | None = None,
     ) -> None:
         self.engine, self.placement, self.config, self.role = engine, placement, config, role
-        self.setups, self.together = setups, together
+        self.setups, self.together, self.spares = setups, together, spares
         self.size = len(setups)
         self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
         self.ready: list[Call] = []  # a heap: calls for any worker
@@ -209,6 +211,8 @@ class RayPool:
 
     def watch(self) -> None:
         now, limits = time.monotonic(), self.config
+        if self.spares is not None and self.settled:
+            self.spares.keep(worker.where.node_id for worker in self.workers if worker.where)
         for worker in self.workers:
             if worker.up and worker.ping is None and now - worker.pinged > PING_EVERY_S:
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
@@ -229,7 +233,10 @@ class RayPool:
 
     def _start(self, workers: list[Worker]) -> None:
         for worker in workers:
-            worker.begin(self.placement.options(self.role, worker.index))
+            spare = None
+            if self.spares is not None and worker.births:
+                spare = self.spares.take(self.placement.machine(self.role, worker.index))
+            worker.begin(self.placement.options(self.role, worker.index), spare)
         try:
             more = self.together(workers) if self.together is not None else [() for _ in workers]
         except DEAD as error:
@@ -248,7 +255,7 @@ class RayPool:
             return self._died(worker, in_words(error))
         if failure is not None:
             raise raised(failure)
-        worker.starting, worker.where, worker.pinged = None, where, time.monotonic()
+        worker.starting, worker.untried, worker.where, worker.pinged = None, False, where, time.monotonic()
         if worker.births > 1:
             logger.warning("%s is back, as process %d on %s", worker.name, where.pid, where.node)
         self.engine.changed()
@@ -298,7 +305,7 @@ class RayPool:
         if self.together is not None:
             raise LearnersLost(f"{worker.described} died: {reason}")
         self.restarts += 1
-        worker.deaths += 1
+        worker.deaths += not worker.untried
         what, fresh = worker.described, not worker.finished
         running = [one.call for one in worker.running if not one.call.dropped]
         self._vacate(worker)
@@ -390,11 +397,4 @@ class RayPool:
             raise error
         gone = makers_of_lost(refs)
         logger.warning("%d results were lost with their node and are made again", len(gone))
-        for maker in gone:
-            if maker.done:
-                self.reissued += 1
-                maker.again()
-        if call not in gone:
-            call.wait_for(gone)
-        for maker in gone:
-            want(maker)
+        self.reissued += make_again(gone, call)

@@ -40,6 +40,7 @@ class Worker:
     ping: Object | None = None
     pinged: float = 0.0
     births: int = 0
+    untried: bool = False  # a spare process, which may have died while it waited
     deaths: int = 0  # in a row, without a finished call
     finished: bool = False  # anything, since its birth
     resume_at: float = 0.0
@@ -67,10 +68,11 @@ class Worker:
         """Seconds to wait before the next process: none at first, then 1, 2, 4 ..."""
         return min(MAX_BACKOFF_S, 2.0 ** (self.deaths - 2)) if self.deaths > 1 else 0.0
 
-    def begin(self, options: dict[str, Any]) -> None:
-        """A new process; Ray's own options say where."""
-        self.actor = Host.options(**options).remote()  # pyright: ignore[reportAttributeAccessIssue]
+    def begin(self, options: dict[str, Any], spare: Any | None) -> None:
+        """In a spare process, or in a new one, of which Ray's own options say where."""
+        self.actor = spare or Host.options(**options).remote()  # pyright: ignore[reportAttributeAccessIssue]
         self.births += 1
+        self.untried = spare is not None
         self.since = time.monotonic()
 
     def vacate(self) -> None:

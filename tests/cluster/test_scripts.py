@@ -123,7 +123,8 @@ def test_three_nodes_train_and_only_own_steps_are_ended(job):
 
 def test_a_node_takes_what_slurm_gave_and_no_more(job):
     running = job("my_run.yaml").training()
-    head, *workers = [line for line in running.log if line.startswith("srun ")]
+    steps = [line for line in running.log if line.startswith("srun ")]  # in any order: each runs on its own
+    head, *workers = sorted(steps, key=lambda step: "--head" not in step)
     port = 20000 + 4711 % 2500 * 4
     for step in (head, *workers):
         assert "--block" in step and "--num-cpus=8 --num-gpus=2" in step

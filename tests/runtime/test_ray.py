@@ -1,17 +1,21 @@
 """What the pools promise, with workers that die, hang and complain in real processes."""
 
+import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 import torch
 from ray.cluster_utils import Cluster
 
-from rlalign.runtime import engine
+from rlalign.runtime import engine, spares
 from rlalign.runtime.cluster import RayRuntime
 from rlalign.runtime.config import RuntimeConfig
+from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import WorkerFailure
 from rlalign.runtime.ray import RayPool
 from rlalign.types import Prompt, Unit
@@ -28,10 +32,14 @@ def make(one_node: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(engine, "PING_EVERY_S", 0.2)
     made: list[RayRuntime] = []
 
-    def pool(count: int = 1, build: Any = faults.faulty, memory_gib: float | None = None, **settings: Any) -> RayPool:
+    def pool(
+        count: int = 1, build: Any = faults.faulty, memory_gib: float | None = None, warm: Any = None, **settings: Any
+    ) -> RayPool:
         config = RuntimeConfig(kind="ray", samplers=count, cpus_per_worker=0, **{"restarts": 1, **settings})
         runtime = RayRuntime(config)
         made.append(runtime)
+        if warm is not None:
+            runtime.keep_spares(warm)
         pool = runtime.pool("sampler", partial(build, tmp_path), count, memory_gib)
         runtime.wait_until_up()
         return pool
@@ -95,6 +103,39 @@ def test_a_worker_that_dies_is_replaced_and_its_work_made_again(make: Make) -> N
     assert pool.get([pool.submit("dies_once", number) for number in range(3)]) == [0, 1, 2]
     assert pool.counters()["runtime/restarts/sampler"] == 3
     assert pool.counters()["runtime/reissued"] >= 3
+
+
+def spare(pool: RayPool) -> int:
+    """The process that waits on the only machine."""
+    assert pool.spares is not None
+    while not pool.spares.kept:
+        pool.engine.pump(0.1)
+    (actor,) = pool.spares.kept.values()
+    return ray.get(actor.run.remote(os.getpid))
+
+
+def test_a_process_that_waits_takes_the_place_of_one_that_died(make: Make, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(spares, "REST_S", 0.0)
+    pool = make(restarts=3, warm=(tmp_path / "imported").touch)
+    assert pool.get(pool.hold("hold", "new")) == ["new"]
+    for death in range(2):
+        waits = spare(pool)
+        assert (tmp_path / "imported").exists()
+        assert pool.get([pool.submit("dies_once", death), *pool.broadcast("pid")]) == [death, waits]
+        assert pool.get([pool.submit("held", death)]) == [(death, "new")]
+
+
+def test_a_process_that_died_while_it_waited_is_no_loss(make: Make) -> None:
+    pool = make(warm=os.getpid)
+    os.kill(spare(pool), signal.SIGKILL)
+    assert pool.get([pool.submit("dies_once", 1)]) == [1]
+
+
+@pytest.mark.parametrize(("share", "some"), [(0.0, True), (0.5, False)])
+def test_processes_wait_for_workers_without_a_gpu_only(make: Make, monkeypatch, share: float, some: bool) -> None:
+    monkeypatch.setattr(Placement, "gpus", lambda placement, role: share)
+    assert (make(warm=os.getpid).spares is not None) is some
+    assert make(warm=os.getpid, spares=False).spares is None
 
 
 def test_replacements_hold_what_their_predecessors_held(make: Make) -> None:

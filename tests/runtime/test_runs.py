@@ -22,7 +22,7 @@ from tests.runtime.killing import kill, rows
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("one_node")]
 
 RUN = ("steps=5", "checkpoint.every=2", "evaluation.every=3", "rollout.prompts_per_step=4")
-ON_RAY = ("runtime.kind=ray", "runtime.cpus_per_worker=0")
+ON_RAY = ("runtime.kind=ray", "runtime.cpus_per_worker=0", "runtime.spares=false")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +67,7 @@ def test_samplers_and_scorers_die_and_hang(monkeypatch: pytest.MonkeyPatch) -> N
         kill("scorer", 0, run, lambda: rows(run) >= 2, signal.SIGSTOP),
         kill("sampler", 1, run, lambda: rows(run) >= 3, signal.SIGKILL),
     ]
-    wild = train("wild", *ON_RAY, "runtime.samplers=2", "runtime.ping_timeout_s=4")
+    wild = train("wild", *ON_RAY, "runtime.spares=true", "runtime.samplers=2", "runtime.ping_timeout_s=4")
     for thread in killers:
         thread.join(10)
     assert wild == calm

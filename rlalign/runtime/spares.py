@@ -1,0 +1,51 @@
+"""Processes that wait: on every machine one that has imported what workers need, to take the seat of one that died.
+
+A process that imports torch, diffusers and transformers is busy for seconds before it can load a model; a spare one has
+that behind it. Only workers without a GPU get one: Ray says which GPU a process sees when it starts, and the imports
+may fix that.
+"""
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from rlalign.runtime.engine import end
+from rlalign.runtime.host import Host
+
+REST_S = 4.0  # between a death and the next spare process: who comes back has the cores first
+LONG_REST_S = 12.0  # who comes back without one needs longer
+
+
+class Spares:
+    """``warm``: the imports, run once in every spare process."""
+
+    def __init__(self, warm: Callable[[], None]) -> None:
+        self.warm = warm
+        self.kept: dict[str, Any] = {}  # actors by machine
+        self.due: dict[str, float] = {}  # by machine: when the next one is started
+
+    def keep(self, machines: Iterable[str]) -> None:
+        """Starts those that are lacking."""
+        now = time.monotonic()
+        for machine in {*machines} - self.kept.keys():
+            if now >= self.due.get(machine, now):
+                where = NodeAffinitySchedulingStrategy(machine, soft=False)
+                actor = Host.options(num_cpus=0, scheduling_strategy=where).remote()  # pyright: ignore[reportAttributeAccessIssue]
+                actor.run.remote(self.warm)
+                self.kept[machine] = actor
+
+    def take(self, machine: str) -> Any | None:
+        """The one of this machine, also in the midst of its imports, of which a new one would have more before it.
+
+        It may be dead, which its first call will show.
+        """
+        actor = self.kept.pop(machine, None)
+        self.due[machine] = time.monotonic() + (LONG_REST_S if actor is None else REST_S)
+        return actor
+
+    def close(self) -> None:
+        for actor in self.kept.values():
+            end(actor)
+        self.kept.clear()
