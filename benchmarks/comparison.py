@@ -1,0 +1,287 @@
+"""All algorithms on the shipped pipeline: held-out accuracy against images, network evaluations and CPU seconds.
+
+    python benchmarks/comparison.py --seeds 0 1 2 --jobs 2            # all rows of ROWS
+    python benchmarks/comparison.py --only nft grpo --seeds 0
+
+A run is the real command line in a process of its own, with one thread, and its folder under --to; runs that are
+finished are not run again. What is counted leaves evaluations out: rows that pass through the network in rollouts and
+updates, rows of those that keep a graph for the backward pass, and CPU seconds from the first step to the last.
+The divergence is the same for all: path KL in nats of the trained policy from the base model, over the ten steps of
+Flow-SDE with a = 0.7 (all but the last stochastic), on 64 held-out samples.
+Writes table.md, curves.png and curves/NAME.png to --to.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+STEPS, EVERY = 30, 10
+KL_SAMPLES = 64
+FORWARD = "optimizer.lr=7e-4 algorithm.num_times=4"
+CHAIN = "optimizer.lr=5e-4"
+ALL_STEPS = "rollout.window=null"
+ROWS: dict[str, str] = {
+    "nft": "",
+    "flow_grpo (published)": "algorithm=grpo rollout.window=null rollout.num_steps=10 rollout.last_step=sde_untrained "
+    "optimizer.lr=3e-4 algorithm.kl_weight=0.04 algorithm.kl_form=no_tau algorithm.updates_per_step=2",
+    "grpo": f"algorithm=grpo {CHAIN}",
+    "awm": f"algorithm=awm {FORWARD}",
+    "rvm": f"algorithm=rvm {FORWARD}",
+    "ram": f"algorithm=ram {FORWARD}",
+    "dgpo": f"algorithm=dgpo {FORWARD}",
+    "crd": f"algorithm=crd {FORWARD}",
+    "epg": f"algorithm=epg {FORWARD}",
+    "fpo": f"algorithm=fpo {FORWARD}",
+    "rwr": f"algorithm=rwr {FORWARD}",
+    "raft": f"algorithm=raft {FORWARD}",
+    "dpo": f"algorithm=dpo {FORWARD}",
+    "kto": f"algorithm=kto {FORWARD}",
+    "grpo_guard": f"algorithm=grpo_guard {CHAIN}",
+    "flow_dppo": f"algorithm=flow_dppo {CHAIN}",
+    "ddpo": f"algorithm=ddpo {CHAIN}",
+    "dpok": f"algorithm=dpok {CHAIN}",
+    "d3po": f"algorithm=d3po {CHAIN}",
+    "prdp": "algorithm=prdp optimizer.lr=2e-5",
+    "spo": f"algorithm=spo {CHAIN}",
+    "flow_grpo_fast": f"algorithm=flow_grpo_fast {CHAIN}",
+    "dance_grpo": f"algorithm=dance_grpo {CHAIN}",
+    "mix_grpo": f"algorithm=mix_grpo {CHAIN}",
+    "tempflow_grpo": f"algorithm=tempflow_grpo {CHAIN}",
+    "flash_grpo": f"algorithm=flash_grpo {CHAIN}",
+    "reinforce": f"algorithm=reinforce {CHAIN}",
+    "pepg": f"algorithm=pepg {FORWARD}",
+    "par": f"algorithm=par {FORWARD}",
+    "ipo": f"algorithm=ipo {FORWARD}",
+}
+"""The quickstart with these changes. Learning rates are those that earlier sweeps found for nft and for grpo, one for
+all that train on the forward process and one for all that train on the chain's steps."""
+
+
+class Counter:
+    """Counts the work of a run from inside of it."""
+
+    def __init__(self) -> None:
+        self.rows = self.with_graph = 0
+        self.cpu = 0.0
+        self.counting = False
+        self.policy: Any = None
+
+    def install(self) -> None:
+        import torch
+
+        from rlalign import build, loop
+        from rlalign.commands import train as command
+        from rlalign.policy import Policy
+
+        load, judge, guided, run_loop = build.load_policy, loop.judge, Policy._guided, command.run_loop
+
+        def load_policy(config: Any) -> Any:
+            self.policy = load(config)
+            return self.policy
+
+        def guided_and_counted(policy: Any, x: Any, times: Any, cond: Any, uncond: Any, scale: float) -> Any:
+            if self.counting:
+                passes = len(x) * (2 if uncond is not None and scale != 1 else 1)
+                self.rows += passes
+                self.with_graph += passes * torch.is_grad_enabled()
+            return guided(policy, x, times, cond, uncond, scale)
+
+        def judge_uncounted(*args: Any) -> None:
+            self.counting, self.cpu = False, self.cpu + time.process_time()
+            judge(*args)
+            self.counting, self.cpu = True, self.cpu - time.process_time()
+
+        def loop_counted(*args: Any) -> None:
+            self.counting, self.cpu = True, self.cpu - time.process_time()
+            run_loop(*args)
+            self.counting, self.cpu = False, self.cpu + time.process_time()
+
+        build.load_policy, loop.judge, command.run_loop = load_policy, judge_uncounted, loop_counted
+        network: Any = Policy
+        network._guided = guided_and_counted
+
+
+def path_kl(policy: Any, prompts: Sequence[Any]) -> float:
+    """Nats, mean over one sample of each of these prompts."""
+    import torch
+
+    from rlalign.mdp.noise import Noise
+    from rlalign.types import Unit
+    from rlalign.workers.sampler import Sampler
+
+    changes = {"kernel": "flow_sde", "noise_level": 0.7, "window": None, "num_steps": 10, "train_fraction": 1.0}
+    changes |= {"last_step": "ode", "solver": "euler", "cps_logprob": "gaussian", "retain": False, "candidates": None}
+    known = {key: value for key, value in changes.items() if key in type(policy.settings).model_fields}
+    policy.settings = policy.settings.model_copy(update=known)
+    sampler = Sampler(policy, Noise(7), "policy", True, True)
+    trajectory, _ = sampler.sample(Unit(0, tuple(range(len(prompts))), tuple(prompts), 1))
+    sample = trajectory.take(torch.arange(len(prompts)))
+    total = torch.zeros(len(prompts))
+    with torch.no_grad():
+        for slot in range(sample.num_kept):
+            with policy.using("reference"):
+                reference = policy.replay(sample, slot).gaussian
+            total += policy.replay(sample, slot).gaussian.kl(reference, "sum")
+    return float(total.mean())
+
+
+def one(changes: str, seed: int, run: Path) -> None:
+    """A run in this process; what it cost goes to counts.json."""
+    from rlalign import cli
+
+    counter = Counter()
+    counter.install()
+    words = ["train", "quickstart", *changes.split(), f"evaluation.every={EVERY}", "--steps", str(STEPS)]
+    code = cli.run([*words, "--seed", str(seed), "--run-dir", str(run)])
+    if code:
+        raise SystemExit(code)
+    import yaml
+
+    from rlalign.prompts import PromptSet
+
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    prompts = PromptSet.read(Path(config["prompts"]["heldout"])).first(KL_SAMPLES)
+    counts = {"rows": counter.rows, "with_graph": counter.with_graph, "cpu_s": counter.cpu}
+    counts["path_kl"] = path_kl(counter.policy, prompts)
+    (run / "counts.json").write_text(json.dumps(counts))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run came to."""
+
+    name: str
+    seed: int
+    images: int
+    curve: list[tuple[int, float]]  # steps, held-out reward
+    diversity: float
+    rows: int
+    with_graph: int
+    cpu_s: float
+    path_kl: float
+
+    @property
+    def final(self) -> float:
+        return self.curve[-1][1]
+
+    def cost_of(self, reward: float) -> float | None:
+        """Rows through the network until the curve, straight between evaluations, is at ``reward``; None: never."""
+        for (step, low), (after, high) in zip(self.curve, self.curve[1:], strict=False):
+            if low < reward <= high:
+                return self.rows / self.curve[-1][0] * (step + (reward - low) / (high - low) * (after - step))
+        return None
+
+
+def read(name: str, seed: int, run: Path) -> Result:
+    import yaml
+
+    rollout = yaml.safe_load((run / "config.yaml").read_text())["rollout"]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    curve = [(line["step"], line["eval/reward/mean"]) for line in lines if "eval/reward/mean" in line]
+    curve.append((len(lines), lines[-1]["eval_final/reward/mean"]))
+    images = rollout["prompts_per_step"] * rollout["samples_per_prompt"] * len(lines)
+    counts = json.loads((run / "counts.json").read_text())
+    return Result(name, seed, images, curve, lines[-1]["eval_final/diversity"], **counts)
+
+
+def folder_of(name: str, seed: int, to: Path) -> Path:
+    return to / f"{name.partition(' ')[0]}_seed{seed}"
+
+
+def train(name: str, seed: int, to: Path) -> None:
+    run = folder_of(name, seed, to)
+    if (run / "counts.json").exists():
+        return
+    call = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--to", str(to)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
+    print(f"{name}, seed {seed}: {'done' if not done.returncode else done.stderr[-300:]}", flush=True)
+
+
+def table(results: Sequence[Result]) -> str:
+    """A row a run, then a row of means an algorithm, best first."""
+    head = "| | seed | before | " + " | ".join(f"{step} steps" for step, _ in results[0].curve[1:])
+    lines = [f"{head} | diversity | path KL, nats | images | network rows | of these with graph | CPU s |"]
+    lines.append("|---" * (lines[0].count("|") - 1) + "|")
+    names = dict.fromkeys(result.name for result in results)
+    of = {name: [result for result in results if result.name == name] for name in names}
+    best = sorted(names, key=lambda name: -fmean(result.final for result in of[name]))
+    lines += [_row(f"**{name}**", f"mean of {len(of[name])}", of[name]) for name in best]
+    lines += [_row(name, str(result.seed), [result]) for name in best for result in of[name]]
+    return "\n".join(lines) + "\n"
+
+
+def _row(name: str, seed: str, results: Sequence[Result]) -> str:
+    rewards = zip(*([reward for _, reward in result.curve] for result in results), strict=True)
+    curve = " | ".join(f"{fmean(values):.3f}" for values in rewards)
+    first = results[0]
+    diversity, kl, cpu = (fmean(getattr(r, key) for r in results) for key in ("diversity", "path_kl", "cpu_s"))
+    return (
+        f"| {name} | {seed} | {curve} | {diversity:.2f} | {kl:.3g} | {first.images:,} | {first.rows:,} | "
+        f"{first.with_graph:,} | {cpu:.0f} |"
+    )
+
+
+def plot(results: Sequence[Result], path: Path, highlighted: str | None = None) -> None:
+    """Means over seeds against network rows; ``highlighted`` in colour, the others grey."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for number, name in enumerate(dict.fromkeys(result.name for result in results)):
+        same = [result for result in results if result.name == name]
+        steps = [step for step, _ in same[0].curve]
+        means = [fmean(r.curve[i][1] for r in same) for i in range(len(steps))]
+        rows = [step * same[0].rows / steps[-1] / 1000 for step in steps]
+        loud = highlighted is None or name == highlighted
+        style: dict[str, Any] = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10]}
+        if not loud:
+            style = {"color": "0.85"}
+        axes.plot(rows, means, label=name if loud else None, zorder=2 + loud, **style)
+        if name == highlighted:
+            for result in same:
+                axes.plot(rows, [reward for _, reward in result.curve], color=style["color"], alpha=0.35, zorder=2)
+    axes.set(xlabel="thousand rows through the network", ylabel="held-out composition accuracy")
+    axes.legend(fontsize=7, ncols=2)
+    axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=[*ROWS], default=[*ROWS], metavar="NAME", help="rows of ROWS")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    parser.add_argument("--to", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    chosen = parser.parse_args()
+    if chosen.one is not None:
+        return one(ROWS[chosen.one], chosen.seeds[0], folder_of(chosen.one, chosen.seeds[0], chosen.to))
+    (chosen.to / "curves").mkdir(parents=True, exist_ok=True)
+    asked = [(name, seed) for seed in chosen.seeds for name in chosen.only]
+    with ThreadPoolExecutor(chosen.jobs) as pool:
+        for done in [pool.submit(train, name, seed, chosen.to) for name, seed in asked]:
+            done.result()
+    there = [run for run in asked if (folder_of(*run, chosen.to) / "counts.json").exists()]
+    results = [read(name, seed, folder_of(name, seed, chosen.to)) for name, seed in there]
+    (chosen.to / "table.md").write_text(table(results))
+    plot(results, chosen.to / "curves.png")
+    for name in dict.fromkeys(result.name for result in results):
+        plot(results, chosen.to / "curves" / f"{name.partition(' ')[0]}.png", name)
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()
