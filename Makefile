@@ -2,11 +2,12 @@
 # nothing here needs the network.
 #   make quickstart    train the shipped pipeline and watch its reward rise
 #   make test          all tests
-#   make exact         the exact ladder with five seeds and a table of what was measured
+#   make exact         the exact ladder with five seeds; writes what was measured to benchmarks/results/exact.md
 #   make lint          format, types, import contracts
 RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p $(RECENT) && echo $$p; done))
 WORKERS ?= 2
+TABLE ?= benchmarks/results/exact.md
 BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
@@ -20,7 +21,7 @@ test: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 exact: $(STAMP)
-	RLALIGN_EXACT_SEEDS=5 $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/exact $(ARGS)
+	OMP_NUM_THREADS=1 RLALIGN_EXACT_SEEDS=5 RLALIGN_EXACT_TABLE=$(TABLE) $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/exact $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

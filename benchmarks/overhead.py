@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import Literal
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported
 
@@ -147,7 +148,7 @@ class Ours:
         rows: int,
         uncond_grad: bool = True,
         updates: int = UPDATES,
-        retain: bool = False,
+        retain: bool | Literal["gradients"] = False,
     ) -> None:
         settings = RolloutConfig(
             prompts_per_step=len(PROMPTS),

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from rlalign import plugins
-from rlalign.algorithms import forward
+from rlalign.algorithms import forward, regularise
 from rlalign.checkpoint import CheckpointConfig
 from rlalign.config import ModelConfig, PromptsConfig, RunConfig
 from rlalign.evaluation.heldout import EvaluationConfig
@@ -43,6 +43,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "url options": RemoteOptions,
     **{name: plugins.load("algorithm", name).Config for name in plugins.names("algorithm")},
     "ramp": forward.Ramp,
+    "penalty": regularise.Penalty,
     "optimizer": OptimizerConfig,
     "ema": EmaConfig,
     "evaluation": EvaluationConfig,

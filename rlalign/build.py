@@ -25,6 +25,7 @@ from rlalign.runtime.pool import Pool, Runtime
 from rlalign.runtime.weights import ObjectStore, Publisher
 from rlalign.scoring import load_rewards
 from rlalign.scoring.gradients import reward_sum
+from rlalign.types import Size
 from rlalign.workers.group import Group
 from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
@@ -33,7 +34,11 @@ from rlalign.workers.scorer import Scorer
 
 def build(config: RunConfig) -> tuple[Parts, LoopSettings]:
     """Everything loaded and in place; ValueError, one sentence, when the user has to change something."""
-    prompts, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
+    size = Size(*config.rollout.size)
+    prompts, heldout = (PromptSet.read(path, size) for path in (config.prompts.train, config.prompts.heldout))
+    if config.rollout.source == "data":
+        prompts = prompts.recorded(config.rollout.samples_per_prompt)
+        prompts.require_images()
     algorithm = make_algorithm(config)
     pools, runtime = _in_this_process(config, algorithm) if config.runtime.kind == "local" else _on_ray(config)
     parts = Parts(*pools, make_publisher(config, algorithm), algorithm, prompts, heldout, runtime)
@@ -91,7 +96,7 @@ def warm_up(tree: Tree) -> None:
 def sampler_from(tree: Tree) -> Sampler:
     config = resolve(tree, Path(), "config.yaml")
     algorithm = make_algorithm(config)
-    return Sampler(load_policy(config), Noise(config.seed), algorithm.sample_with, algorithm.needs.trajectory, False)
+    return make_sampler(config, load_policy(config), algorithm, shared=False)
 
 
 def scorer_from(tree: Tree) -> Scorer:
@@ -186,9 +191,14 @@ def device_of(config: RunConfig) -> torch.device:
 
 
 def make_samplers(config: RunConfig, policy: Policy, algorithm: Algorithm) -> list[Sampler]:
-    keep, alone = algorithm.needs.trajectory, shares(config)
+    alone = shares(config)
     policies = [policy] if alone else [twin(policy) for _ in range(config.runtime.samplers)]
-    return [Sampler(own, Noise(config.seed), algorithm.sample_with, keep, alone) for own in policies]
+    return [make_sampler(config, own, algorithm, alone) for own in policies]
+
+
+def make_sampler(config: RunConfig, policy: Policy, algorithm: Algorithm, shared: bool) -> Sampler:
+    needs = algorithm.needs
+    return Sampler(policy, Noise(config.seed), algorithm.sample_with, needs.trajectory, shared, needs.uncond)
 
 
 def twin(policy: Policy) -> Policy:

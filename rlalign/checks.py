@@ -36,6 +36,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
@@ -66,6 +67,15 @@ def _no_noise(config: "RunConfig") -> Iterator[str]:
         )
 
 
+def _no_siblings(config: "RunConfig", wanted: bool) -> Iterator[str]:
+    """Candidates of a step are other rows than samples: whole chains are no substitute, nor the other way round."""
+    name, number = config.algorithm.name, config.rollout.candidates
+    if wanted and number is None:
+        yield f"algorithm {name} compares candidates of one step; set rollout.candidates, 4 for instance"
+    if number is not None and not wanted:
+        yield f"rollout.candidates is {number}, but algorithm {name} compares finished samples; leave it out"
+
+
 def _no_graph(config: "RunConfig") -> Iterator[str]:
     """A graph lives in one process, and is right until the weights move."""
     runtime = config.runtime
@@ -89,7 +99,7 @@ def _doubts(config: "RunConfig") -> Iterator[str]:
     if not low <= config.optimizer.lr <= high:
         kind = "LoRA" if config.model.lora else "full fine-tuning"
         yield f"optimizer.lr {config.optimizer.lr:g} is outside {low:g} to {high:g}, where {kind} is known to work"
-    if rollout.samples_per_prompt < SMALL_GROUP:
+    if rollout.samples_per_prompt < SMALL_GROUP and rollout.source == "samples":
         yield f"groups of {rollout.samples_per_prompt} give noisy advantages; {SMALL_GROUP} or more are usual"
     images = rollout.prompts_per_step * rollout.samples_per_prompt
     if rollout.micro_batch > images:
@@ -108,7 +118,7 @@ def _prompt_doubts(config: "RunConfig") -> Iterator[str]:
     wanted = config.rollout.prompts_per_step
     if len(train.prompts) < wanted:
         yield f"prompts.train has {len(train.prompts)} prompts, so a step of {wanted} repeats some"
-    shared = {prompt.text for prompt in train.prompts} & {prompt.text for prompt in heldout.prompts}
+    shared = {prompt.title for prompt in train.prompts} & {prompt.title for prompt in heldout.prompts}
     if shared:
         yield f"{len(shared)} prompts stand in both prompts.train and prompts.heldout, {min(shared)!r} for one"
 

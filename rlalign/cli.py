@@ -133,13 +133,14 @@ def sample(
     weights: WhichWeights = None,
     latents: Annotated[Path | None, typer.Option(help="Initial latents to start from: safetensors, `latents`.")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="Write the initial latents to this file.")] = None,
+    image: Annotated[Path | None, typer.Option(help="What the prompts start from, for editing and animation.")] = None,
     to: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("samples"),
 ) -> int:
     """Make pictures with a run's model, or with a model as it is."""
     from rlalign.commands.sample import Wish, sample
 
     return sample(
-        Wish(of, overrides or [], prompt or [], num, seed, steps, guidance, weights, latents, save_latents, to)
+        Wish(of, overrides or [], prompt or [], num, seed, steps, guidance, weights, latents, save_latents, to, image)
     )
 
 
@@ -154,6 +155,22 @@ def evaluate(
     from rlalign.commands.evaluate import evaluate
 
     return evaluate(run, overrides or [], weights, to)
+
+
+@app.command(epilog="Example: rlalign record quickstart --to pairs --prompts 500 --num 4")
+def record(
+    run: Target,
+    to: Annotated[Path, typer.Option(help="Folder for train.jsonl and its images.")],
+    overrides: Overrides = None,
+    prompts: Annotated[int, typer.Option(min=1, help="How many, from the top of the training file.")] = 100,
+    num: Annotated[int, typer.Option(min=2, help="Pictures of each.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise that they start from.")] = 0,
+    weights: WhichWeights = None,
+) -> int:
+    """Write a model's pictures and their rewards, for runs with rollout.source=data."""
+    from rlalign.commands import record as recording
+
+    return recording.record(recording.Wish(run, overrides or [], prompts, num, seed, weights, to))
 
 
 @app.command(epilog="Example: rlalign export runs/quickstart --to my_lora")

@@ -21,6 +21,7 @@ from rlalign.checks import refuse
 from rlalign.complaints import Source, complaint, refuse_booleans
 from rlalign.confighash import hash_of, hashed_part
 from rlalign.evaluation.heldout import EvaluationConfig
+from rlalign.models.base import EncodesImages
 from rlalign.models.lora import LoraConfig
 from rlalign.overlays import ALGORITHM_NAME, choose, plugin
 from rlalign.paths import anchored, own_overrides, spelled_out
@@ -176,7 +177,25 @@ def _validated(tree: Tree, algorithm: ModuleType, source: Source) -> RunConfig:
         raise ValueError(complaint(error, kind, source)) from None
     refuse_booleans(tree, config.tree())
     refuse(config)
+    if config.rollout.source == "data":
+        refuse_data(config)
     return config
+
+
+def refuse_data(config: RunConfig) -> None:
+    """ValueError for what cannot learn from recorded images."""
+    needs, model = config.algorithm_module.Algorithm(config.algorithm).needs, config.model.family
+    if needs.trajectory or needs.reward_gradient:
+        raise ValueError(
+            f"rollout.source is data, but {config.algorithm.name} learns from the denoising steps of its own samples, "
+            "which recorded images do not have; set algorithm.name to dpo, kto, nft or another that needs only final "
+            "images, or rollout.source to samples"
+        )
+    if not issubclass(plugins.load("model", model).Family, EncodesImages) or config.rollout.size[2:] not in ((), (1,)):
+        raise ValueError(
+            f"rollout.source is data, but model.family {model} cannot encode what is recorded: it must have a method "
+            "encode_images, and rollout.size must be that of an image"
+        )
 
 
 @cache

@@ -9,6 +9,7 @@ from pathlib import Path
 from pydantic import Field
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.regularise import weighed
 from rlalign.checkpoint import Files
 from rlalign.evaluation.heldout import EvaluationConfig, evaluate
 from rlalign.pipeline import Pipeline, deal, gather
@@ -66,13 +67,13 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
     for step in steps:
         batch = pipeline.take()
         scores = gather(parts.scorers, batch)
-        advantages = parts.algorithm.advantages(scores)
+        advantages, told = weighed(parts.algorithm, scores)
         shares = deal(batch, advantages, scores.valid, parts.learners.size, cfg.updates_per_step)
         (metrics, *_) = parts.learners.get(parts.learners.scatter("update", shares))
         parts.publisher.publish(parts.learners, parts.samplers, version=step + 1)
         if cfg.evaluation.due(step, cfg.steps) and "kl" not in metrics:
             (metrics["kl"], *_) = parts.learners.get(parts.learners.broadcast("drift", batch.trajectories[:1]))
-        recorder.step(step, scores, metrics, Readings.of(parts.pools, scores.stats))
+        recorder.step(step, scores, metrics | told, Readings.of(parts.pools, scores.stats))
         judge(parts, cfg, recorder, step + 1)
         last, stopping = step + 1 == cfg.steps, stop()
         recorder.commit(lambda: snapshot(parts), partial(save_learners, parts), now=last or stopping)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from rlalign.policy import RolloutConfig
-from rlalign.prompts import PromptSet
+from rlalign.prompts import PromptSet, drawn
 from rlalign.runtime.pool import Pool
 from rlalign.scoring import require_valid_group
 from rlalign.types import Prompt, Scores, Unit
@@ -67,6 +67,8 @@ class Pipeline:
             if step is None:
                 return
             prompts = self.prompts.at(self.seed, step, self.settings.prompts_per_step)
+            if self.settings.source == "data":
+                prompts = drawn(prompts, self.settings.samples_per_prompt, self.seed, step)
             self.under_way.append(self._start(step, prompts))
 
     def _start(self, step: int, prompts: tuple[Prompt, ...]) -> Batch:

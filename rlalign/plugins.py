@@ -11,7 +11,21 @@ from typing import Literal
 
 Kind = Literal["algorithm", "model"]
 FOLDERS: dict[Kind, str] = {"algorithm": "rlalign.algorithms", "model": "rlalign.models"}
-NOT_PLUGINS = {"base", "lora", "advantages", "losses", "forward", "pairs", "reward_gradients", "grpo_presets"}
+NOT_PLUGINS = {
+    "base",
+    "lora",
+    "flow_match",
+    "flux_packed",
+    "video",
+    "images",
+    "advantages",
+    "losses",
+    "forward",
+    "regularise",
+    "pairs",
+    "reward_gradients",
+    "grpo_presets",
+}
 
 
 def names(kind: Kind) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from rlalign.ema import blend_
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
-from rlalign.mdp.rollout import Chain, rollout
+from rlalign.mdp.rollout import Chain, rollout, step_noise
+from rlalign.mdp.row_gradients import linear_layers, stored, watched
 from rlalign.mdp.schedule import exponential_hold, flow_schedule, linear_hold, moving_window, plain_sigmas
 from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
@@ -22,7 +23,7 @@ from rlalign.settings import Settings
 from rlalign.sharding import cut, gathered, shard, swap
 from rlalign.types import Cond, Level, Schedule, Size, Trajectory
 
-Variant = Literal["policy", "old", "ema", "reference", "start", "teacher"]
+Variant = Literal["policy", "old", "ema", "reference", "start", "teacher", "anchor"]
 FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")
 """Euler-Maruyama kernels, on the path x = (1 - sigma) x0 + sigma eps only."""
 
@@ -79,6 +80,8 @@ class Window(Settings):
 class RolloutConfig(Settings):
     """How samples are made."""
 
+    source: Literal["samples", "data"] = "samples"
+    """data: nothing is sampled; the images are those that prompts.train records, with their scores."""
     prompts_per_step: int = Field(default=24, ge=1)
     """P: groups of a step."""
     samples_per_prompt: int = Field(default=8, ge=2)
@@ -113,10 +116,14 @@ class RolloutConfig(Settings):
     """unscaled: -mean (x' - mean)^2 under the cps kernel, as flow_grpo and verl-omni."""
     uncond_grad: bool = True
     """False detaches the unconditional half of guidance, which then costs no backward pass (flow_grpo)."""
+    candidates: int | None = Field(default=None, ge=2)
+    """Draws from one state in every trained step, each a sample of its own, and the chain goes on from one of them
+    (SPO); null: a sample is a chain."""
     micro_batch: int = Field(default=16, ge=1)
     """Rows of one pass of the net, the same in rollout and replay; part of the numbers."""
-    retain: bool = False
-    """Keep the graph of trained steps for the update, which saves its forward pass and takes memory for all of them."""
+    retain: bool | Literal["gradients"] = False
+    """Keep the graphs of trained steps for the update, which saves its forward pass and takes memory for all of them.
+    gradients: keep each row's gradients in their place, which are as large as the adapters."""
 
     @model_validator(mode="after")
     def _fits(self) -> "RolloutConfig":
@@ -129,7 +136,23 @@ class RolloutConfig(Settings):
             self.window.places(self.num_steps)
         if self.cps_logprob == "unscaled" and self.kernel != "cps":
             raise ValueError("cps_logprob: unscaled belongs to kernel: cps")
+        if self.samples_per_prompt % self.chain_rows:
+            raise ValueError(
+                f"samples_per_prompt is {self.samples_per_prompt}, but {self.candidates} candidates in each of "
+                f"{self.num_kept} trained steps make {self.chain_rows} samples of a chain: set it to a multiple of "
+                "that, or train other steps by window.size"
+            )
         return self
+
+    @property
+    def num_kept(self) -> int:
+        """K: how many steps of a chain are kept and trained."""
+        return max(1, int(self.train_fraction * (self.window.size if self.window else self.num_steps - 1)))
+
+    @property
+    def chain_rows(self) -> int:
+        """How many rows one chain makes."""
+        return self.num_kept * self.candidates if self.candidates else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +163,7 @@ class Step:
     prediction: Prediction
     now: Level
     nxt: Level
+    held: Tensor | None = None  # [b]   what a penalty is multiplied by; None: 1
 
 
 class Policy:
@@ -155,6 +179,7 @@ class Policy:
         self.parameters = parameters
         self.lora = lora
         self.copies: dict[str, dict[str, Tensor]] = {}
+        self.anchor: Variant = "reference"  # what losses mean by the reference; another copy where it moves
         self.sharded = False  # every rank of a learner group holds a part of each parameter and of each copy
         if not lora:
             self.keep("reference")
@@ -260,8 +285,7 @@ class Policy:
     def schedule(self, settings: RolloutConfig) -> Schedule:
         """The chain's points; ValueError where the kernel's formula does not hold on the model's path."""
         own = self.family.schedule(settings.num_steps, self.size)
-        flow = torch.allclose(own.alpha + own.sigma, torch.ones_like(own.sigma), atol=1e-4)
-        if not flow and (settings.kernel in FLOW_KERNELS or settings.shift is not None):
+        if not own.is_flow and (settings.kernel in FLOW_KERNELS or settings.shift is not None):
             raise ValueError(
                 f"kernel {settings.kernel} and shift are for flow-matching models, and this one is not: "
                 "set rollout.kernel to ddim and rollout.shift to null"
@@ -288,6 +312,7 @@ class Policy:
         noise: Callable[[int], Tensor],
         settings: RolloutConfig,
         retain: bool = False,
+        gaussians: bool = False,
     ) -> Chain:
         """Denoises x [b, *L]; stochastic [b, N] bool, kept [b, K]; noise(k) -> [b, *L]. See ``mdp.rollout``."""
 
@@ -298,7 +323,13 @@ class Policy:
 
         solver = SOLVERS[settings.solver]
         scored = (self.kernel, solver, noise, self.log_prob)
-        return rollout(predict, x, schedule, stochastic, kept, *scored, retain=retain)
+        by_rows = retain and settings.retain == "gradients"
+        layers = linear_layers(self.family.nets.values(), self.parameters.values()) if by_rows else []
+        with watched(layers) as passes:
+            chain = rollout(predict, x, schedule, stochastic, kept, *scored, retain=retain, gaussians=gaussians)
+        doubled = uncond is not None and settings.guidance_scale != 1 and self.settings.uncond_grad
+        graphs = (stored(graph, passes, len(x), doubled) for graph in chain.graphs) if by_rows else chain.graphs
+        return replace(chain, graphs=tuple(graphs))
 
     def log_probs(self, sample: Trajectory, slot: int, step: Step | None = None) -> tuple[Tensor, Tensor]:
         """Of kept step ``slot`` under the weights in use, with a graph, and under those that sampled: [b] each.
@@ -317,26 +348,26 @@ class Policy:
         now, nxt = sample.schedule.level(at, x), sample.schedule.level(at + 1, x)
         time = sample.schedule.time[at].to(x.device)
         prediction = self.predict(x, time, now, sample.cond, sample.uncond, self.settings.guidance_scale)
-        return Step(self.kernel(x, prediction, now, nxt), prediction, now, nxt)
+        return Step(self.kernel(x, prediction, now, nxt), prediction, now, nxt, sample.held)
 
     def old_mean(self, sample: Trajectory, slot: int, step: Step, noise: Noise) -> Tensor:
         """[b, *L]: where the weights that sampled had the mean of this step, to rounding, without its being stored.
 
         x_next = mean_old + c z; c does not depend on weights, and z is drawn again from its address.
         """
-        x_next, at = sample.x_next[:, slot], sample.steps[:, slot].cpu()
-        z = torch.empty_like(x_next)
-        for k in at.unique().tolist():  # groups have windows of their own
-            rows = (at == k).to(x_next.device)
-            z[rows] = noise.normal("rollout/step", sample.address[rows], k, self.latent_shape).to(x_next)
+        x_next = sample.x_next[:, slot]
+        z = step_noise(noise, "rollout", sample.address, sample.steps[:, slot], x_next)
         return x_next - step.gaussian.std.detach() * z
 
-    def predict_noised(self, sample: Trajectory, x: Tensor, t: Tensor) -> Prediction:
-        """Forward-process methods: x [b, *L] on the flow path at t [b] in (0, 1)."""
-        shape = (-1, *[1] * (x.ndim - 1))
-        sigma = t.to(x.dtype).reshape(shape)
-        level = Level(1 - sigma, sigma, sample.schedule.sigma[1].to(x.device))
-        return self.predict(x, 1000 * t.float(), level, sample.cond, sample.uncond, self.settings.guidance_scale)
+    def predict_noised(self, sample: Trajectory, x: Tensor, t: Tensor, guidance: float | None = None) -> Prediction:
+        """Forward-process methods: x [b, *L] on the flow path at t [b] in (0, 1), whatever the model's own path.
+
+        ``guidance`` replaces the rollout's scale.
+        """
+        level, time = sample.schedule.between(t, x)
+        own = x if sample.schedule.table is None else x * (level.alpha + level.sigma)
+        scale = self.settings.guidance_scale if guidance is None else guidance
+        return self.predict(own, time, level, sample.cond, sample.uncond, scale)
 
 
 def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, group: int) -> tuple[Tensor, Tensor]:
@@ -359,7 +390,7 @@ def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, gro
     else:
         stochastic[:-1] = True
     kept = stochastic.nonzero().flatten()
-    count = max(1, int(settings.train_fraction * len(kept)))
+    count = settings.num_kept
     if count < len(kept):
         kept = kept[noise.permutation("trained_steps", address, len(kept))[:count].sort().values]
     if settings.last_step == "sde_untrained":

@@ -36,8 +36,14 @@ class Prompt:
     text: str
     negative: str | None = None
     metadata: Mapping[str, Any] = field(default_factory=dict[str, Any])
-    image: Tensor | None = None
-    video: Tensor | None = None
+    image: Tensor | None = None  # [3, H, W] uint8, what the sample is made from; of the size of the sample
+    video: Tensor | None = None  # [F, 3, H, W] uint8
+    files: Mapping[str, Any] = field(default_factory=dict[str, Any])  # that "image" and "video" (frames) are read from
+
+    @property
+    def title(self) -> str:
+        """What tells it from other prompts, for people and for statistics: the text, and what it is made from."""
+        return " ".join([self.text, *(f"[{name}]" for name in self.files.values())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,7 @@ class Schedule:
     alpha: Tensor  # [N+1] float32 or float64
     sigma: Tensor  # [N+1] float32 or float64, falling
     time: Tensor  # [N+1] float32   what the network is told
+    table: Tensor | None = None  # [T] float64   alpha of the training times; None: the flow path, alpha = 1 - sigma
 
     @property
     def num_steps(self) -> int:
@@ -67,6 +74,48 @@ class Schedule:
         shape = (-1, *[1] * (like.ndim - 1)) if index.ndim else ()
         alpha, sigma = self.alpha[index].reshape(shape), self.sigma[index].reshape(shape)
         return Level(alpha.to(like), sigma.to(like), self.sigma[1].to(like))
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the points lie on the flow path."""
+        return torch.allclose(self.alpha + self.sigma, torch.ones_like(self.sigma), atol=1e-4)
+
+    @property
+    def flow_grid(self) -> Tensor:
+        """[N] the flow times of all points but the last, t = sigma / (alpha + sigma); with a table, of its closest."""
+        if self.table is None:
+            return self.sigma[:-1]
+        return self.flow_times[self._closest((self.sigma / (self.alpha + self.sigma))[:-1])]
+
+    @property
+    def flow_times(self) -> Tensor:
+        """[T] float64, rising: those of the training times."""
+        assert self.table is not None
+        sigma = (1 - self.table.square()).sqrt()
+        return sigma / (self.table + sigma)
+
+    def between(self, t: Tensor, like: Tensor) -> tuple[Level, Tensor]:
+        """The level as noisy as flow times t [b], to broadcast against ``like`` [b, *L], and what the net is told [b].
+
+        With a table that is a training time's, at which the flow path's x is (alpha + sigma) times smaller.
+        """
+        shape, interior = (-1, *[1] * (like.ndim - 1)), self.sigma[1].to(like.device)
+        if self.table is not None:
+            index = self._closest(t)
+            alpha = self.table[index].reshape(shape)
+            return Level(alpha.to(like), (1 - alpha.square()).sqrt().to(like), interior), index.to(t.device).float()
+        if not self.is_flow:
+            raise ValueError(
+                "this algorithm noises finished samples, for which the model's family has to say how noisy every "
+                "training time is, in the table of its schedule"
+            )
+        sigma = t.to(like.dtype).reshape(shape)
+        return Level(1 - sigma, sigma, interior), 1000 * t.float()
+
+    def _closest(self, t: Tensor) -> Tensor:
+        """int64: the training times whose flow times are closest to t [b], on the table's device."""
+        times = self.flow_times
+        return torch.bucketize(t.to(times), (times[1:] + times[:-1]) / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +149,7 @@ class Trajectory:
     address: Tensor  # [B, 3] int64   (step, group, sample): seeds are addresses
     prompts: tuple[Prompt, ...] = ()  # P   for algorithms that differentiate rewards
     graphs: tuple[Graph, ...] = ()  # with `rollout.retain`, never between processes
+    held: Tensor | None = None  # [B]   what a penalty is multiplied by in each row, set by the learner; None: 1
 
     @property
     def num_rows(self) -> int:
@@ -120,6 +170,7 @@ class Trajectory:
             steps=self.steps[prompts],
             prompts=tuple(self.prompts[int(prompt)] for prompt in prompts) if self.prompts else (),
             graphs=(),
+            held=None if self.held is None else self.held[rows],
             **{name: getattr(self, name)[rows] for name in per_row},
         )
 
@@ -182,6 +233,7 @@ class Scores:
     rewards: dict[str, RewardScores]
     prompts: tuple[str, ...] = ()  # P texts, for running per-prompt baselines
     distance: Tensor | None = None  # [P]   mean pairwise RMS pixel distance within each group
+    nearest: Tensor | None = None  # [P, G]   RMS pixel distance to the closest other sample of the group
     stats: Mapping[str, float] = field(default_factory=dict[str, float])  # seconds and failures of each reward
 
     @property
@@ -203,12 +255,14 @@ class Scores:
     def concat(parts: "Sequence[Scores]") -> "Scores":
         """Scores of consecutive groups, one after the other."""
         stats: Counter[str] = Counter()
+        nearest = [part.nearest for part in parts if part.nearest is not None]
         for part in parts:
             stats.update(part.stats)  # pyright: ignore[reportArgumentType]  # typeshed counts whole things only
         return Scores(
             rewards={name: _stacked([part.rewards[name] for part in parts]) for name in parts[0].rewards},
             prompts=tuple(text for part in parts for text in part.prompts),
             distance=torch.cat([part.distance for part in parts if part.distance is not None]),
+            nearest=torch.cat(nearest) if nearest else None,
             stats=stats,
         )
 

@@ -43,11 +43,12 @@ def workers(
     **more: Any,
 ) -> tuple[Sampler, Learner]:
     """A sampler and a learner that share one policy."""
-    shared, noise = policy(settings), Noise(0)
+    shared, noise = policy(settings or rollout_config(candidates=2 if chosen.needs.candidates else None)), Noise(0)
     if chosen.needs.reward_gradient:
         vars(chosen)["reward"] = lambda images, prompts: analytic.numbers(images)[:, 0]
     learner = Learner(shared, chosen, noise, OptimizerConfig(lr=lr), ema, **more)
-    return Sampler(shared, noise, chosen.sample_with, chosen.needs.trajectory, shares=True), learner
+    needs = chosen.needs
+    return Sampler(shared, noise, chosen.sample_with, needs.trajectory, shares=True, keep_uncond=needs.uncond), learner
 
 
 def sample(sampler: Sampler, step: int = 0) -> list[Trajectory]:

@@ -25,7 +25,7 @@ from tests.tiny import sd3_folder
 
 Capture = pytest.CaptureFixture[str]
 GROUPS = ["rewards", "models", "algorithms", "cluster"]
-COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "export", "report", *GROUPS]
+COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "record", "export", "report", *GROUPS]
 
 
 @pytest.fixture(autouse=True)

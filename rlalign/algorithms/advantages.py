@@ -8,9 +8,12 @@
     advantage_aggr   A = sum_k w_k (r_k - mean_g) / std_g, per reward k          MixGRPO, arXiv 2507.21802
     gdpo             A = c / std(c), c as advantage_aggr                         GDPO, arXiv 2601.05242
 
-Before that rewards may become win rates within their group, after it all but some advantages of a group may become 0:
+Before that rewards may become win rates within their group. After it good advantages may be multiplied by how far the
+sample is from its like, and all but some advantages of a group may become 0:
 
     winrate          r_i <- mean_{j != i} 1[r_i > r_j], a tie is half a win      Pref-GRPO, arXiv 2508.20751
+    diversity        A_i <- A_i d_i / mean_g d where A_i > 0                     GARDO, arXiv 2512.24138
+                     d_i = distance to the nearest other sample of the group
     top_bottom       the K highest and the K lowest advantages stay              DanceGRPO's best of n
     pareto           samples stay that no other beats in every reward            Parrot, arXiv 2401.05675
 
@@ -61,6 +64,9 @@ class AdvantageSettings(Settings):
     """Advantages are clamped to +-adv_clip."""
     rewards_as: Literal["values", "winrate"] = "values"
     """winrate: each reward counts as the share of its group's other samples that it beats, whatever the margin."""
+    diversity: str | None = None
+    """Good advantages are multiplied by the sample's distance to the nearest of its group, over their mean: pixels, or
+    the name of a reward with role train (of weight 0) that measures it in better features."""
     select: Literal["all", "top_bottom", "pareto"] = "all"
     """Samples of a group that keep their advantage: all, the best and the worst, or those on the Pareto front."""
     select_count: int = Field(default=4, ge=1)
@@ -85,10 +91,12 @@ def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
         "gdpo": lambda: gdpo(parts, weights, valid, std),
         "advantage_aggr": lambda: advantage_aggr(parts, weights, valid, std, trim),
     }[settings.advantage]()
+    if settings.diversity is not None:
+        advantages = diverse(advantages, nearest_of(scores, settings.diversity), valid)
     if settings.select == "top_bottom":
         advantages = torch.where(extremes(advantages, valid, settings.select_count), advantages, 0)
     if settings.select == "pareto":
-        signed = [part if weight >= 0 else -part for part, weight in zip(parts, weights, strict=True)]
+        signed = [part if weight > 0 else -part for part, weight in zip(parts, weights, strict=True) if weight]
         advantages = torch.where(pareto_front(signed, valid), advantages, 0)
     return advantages.clamp(-settings.adv_clip, settings.adv_clip).float()
 
@@ -140,6 +148,22 @@ def winrate(rewards: Tensor, valid: Tensor) -> Tensor:
     wins = (rewards[:, :, None] - rewards[:, None, :]).sign() / 2 + 0.5
     others = valid[:, :, None] & valid[:, None, :] & ~torch.eye(rewards.shape[1], dtype=torch.bool)
     return torch.where(others, wins, 0).sum(2) / others.sum(2).clamp(min=1)
+
+
+def nearest_of(scores: Scores, feature: str) -> Tensor:
+    """d [P, G]: by pixels, or as a reward measures it."""
+    if feature == "pixels":
+        assert scores.nearest is not None, "scores without pixel distances"
+        return scores.nearest.double()
+    if feature not in scores.training:
+        raise ValueError(f"algorithm.diversity: no reward with role train is called {feature!r}, and it is not pixels")
+    return scores.training[feature].values.double()
+
+
+def diverse(advantages: Tensor, nearest: Tensor, valid: Tensor) -> Tensor:
+    """A d / mean_g d where A > 0; a group whose samples are all alike stays as it is."""
+    mean, _ = moments(nearest, valid, [1])
+    return torch.where((advantages > 0) & (mean > 0), _divided(advantages * nearest, mean), advantages)
 
 
 def extremes(values: Tensor, valid: Tensor, count: int) -> Tensor:

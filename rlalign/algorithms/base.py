@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
+from rlalign.settings import Settings
 from rlalign.types import Scores, State, Trajectory
 
 SampleWith = Literal["policy", "old", "ema"]
@@ -34,6 +35,8 @@ class Needs:
     reward_gradient: bool = False  # differentiates the rewards: the learner sets ``reward`` (see reward_gradients.py)
     log_probs_only: bool = False  # asks ``Policy.log_probs`` and for no more of a replay, so ``rollout.retain`` will do
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
+    candidates: bool = False  # compares draws from one state: ``rollout.candidates`` says how many
+    uncond: bool = False  # the negative prompts of samples that were made without guidance, too
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +51,11 @@ class Loss:
 class Algorithm(Protocol):
     needs: Needs
     sample_with: SampleWith
+
+    @property
+    def config(self) -> Settings:
+        """Its settings; a learner may replace them by others with another kl_weight (regularise.py)."""
+        ...
 
     def advantages(self, scores: Scores) -> Tensor:
         """[P, G] float32, 0 where a score is invalid; on the driver, may keep state (running baselines)."""
@@ -68,6 +76,14 @@ class Algorithm(Protocol):
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
+
+
+def lag(policy: Policy, copies: tuple[Copy, ...], decay: float) -> dict[str, float]:
+    """``after_step`` of old weights: the first of the copies, if there is any, moves after the policy."""
+    if not copies:
+        return {}
+    policy.blend(copies[0], decay)
+    return {"old_decay": decay}
 
 
 class Stateless:

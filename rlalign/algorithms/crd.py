@@ -30,12 +30,12 @@ from rlalign.algorithms.forward import (
     ForwardSettings,
     Noised,
     Ramp,
-    anchor,
     at_times,
     error,
     fixed_velocity,
     group_index,
     group_mean,
+    penalty,
     velocities,
 )
 from rlalign.algorithms.losses import mean_square
@@ -65,7 +65,7 @@ class Config(ForwardSettings):
     reward_adaptive_kl: bool = True
     """Good samples are held to the reference, bad ones hardly."""
     kl_guidance: float | None = Field(default=None, gt=1)
-    """Guidance scale of the reference in the penalty; needs rollouts with guidance, which keep the negative prompt."""
+    """Guidance scale of the reference in the penalty, whatever that of the rollouts; null: the same."""
     teacher_decay: Ramp = Ramp(start=0.25, rate=0.005, max=0.999)
     """d by optimizer step of the weights that r̂ is measured from."""
     old_decay: Ramp = Ramp(flat=75, rate=0.0075, max=0.999)
@@ -99,11 +99,12 @@ def reward_adaptive(targets: Tensor, kl_weight: float) -> Tensor:
 
 
 class Algorithm(Stateless):
-    needs = Needs(trajectory=False, copies=("old", "teacher"), whole_groups=True)
     sample_with: SampleWith = "old"
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        guided = config.kl_guidance is not None and config.kl_weight > 0
+        self.needs = Needs(trajectory=False, copies=("old", "teacher"), whole_groups=True, uncond=guided)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)
@@ -120,7 +121,7 @@ class Algorithm(Stateless):
             rows = bound / config.beta * loss
             means = {"policy_loss": rows.detach(), "implicit_reward": implicit.detach()}
             if reference is not None:
-                kl = anchor(v, reference, at.t, config.kl_weighting)
+                kl = penalty(v, reference, at, config.kl_weighting)
                 kl = kl * reward_adaptive(targets, config.kl_weight) if config.reward_adaptive_kl else kl
                 rows, means["kl"] = rows + config.kl_weight * kl, kl.detach()
             yield Loss(rows / config.num_times, means)
@@ -153,10 +154,10 @@ PRESETS: dict[str, dict[str, Any]] = {
             "prompts_per_step": 48,
             "samples_per_prompt": 24,
         },
-        "algorithm": {"name": "crd", "beta": 1.0, "kl_weight": 0.1, "num_times": 9, "updates_per_step": 2},
+        "algorithm": {"name": "crd", "kl_guidance": 4.5, "num_times": 9, "updates_per_step": 2},
         "optimizer": {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "max_grad_norm": 1.0},
         "model": {"lora": {"rank": 32, "alpha": 64}},
     },
 }
-"""The paper's OCR settings, with the decays that are the defaults. Its reference is guided with scale 4.5, which a
-rollout without guidance cannot offer: ``kl_guidance`` needs ``rollout.guidance_scale`` above 1."""
+"""The paper's OCR settings; β, its penalty's weight and the decays are the defaults. Rollouts are unguided, the
+reference is guided."""

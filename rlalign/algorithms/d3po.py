@@ -14,7 +14,6 @@ Metrics: ``policy_loss`` over rows in pairs · ``accuracy`` = share of pairs wit
 gradient is cut.
 """
 
-import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -33,6 +32,7 @@ from rlalign.algorithms.pairs import (
     pair_loss,
     pairs_of,
     whole_trajectory,
+    within,
 )
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -54,13 +54,6 @@ class Config(PairSettings):
     """ε of the ratio to the reference in each step; null: no bound."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps a batch, each on its own share of whole groups."""
-
-    def clipped(self, log_ratios: Tensor) -> tuple[Tensor, Tensor]:
-        """ρ within log(1 ± ε), and where it was outside."""
-        if self.clip_range is None:
-            return log_ratios, torch.zeros_like(log_ratios)
-        low, high = math.log1p(-self.clip_range), math.log1p(self.clip_range)
-        return log_ratios.clamp(low, high), ((log_ratios < low) | (log_ratios > high)).to(log_ratios)
 
 
 class Algorithm(Stateless):
@@ -88,7 +81,7 @@ class Algorithm(Stateless):
 
     def _loss(self, pairs: Pairs, rho: Tensor, discounts: Tensor, weight: Tensor | float = 1.0) -> Loss:
         """-weight log σ(h), h = β Σ_k discounts_k [ρ_k^w - ρ_k^l]; ρ and discounts [b, K]."""
-        kept, clipped = self.config.clipped(rho)
+        kept, clipped = within(rho, self.config.clip_range)
         implicit = self.config.beta * (discounts * kept).sum(1)
         h = pairs.margin(implicit)
         rows = weight * pair_loss(h, "sigmoid", self.config.beta) * pairs.inside
@@ -104,10 +97,6 @@ OVERLAY: dict[str, Any] = {"rollout": {**_DDIM, "window": None}, "optimizer": {"
 
 PRESETS: dict[str, dict[str, Any]] = {
     "dense_reward": {"algorithm": {"name": "d3po", "level": "trajectory", "discount": 0.9}},
-    "spo_branch": {
-        "rollout": {**_DDIM, "num_steps": 20, "window": {"size": 1, "range": (4, 19)}},
-        "algorithm": {"name": "d3po", "beta": 10.0, "clip_range": 0.1},
-    },
     "d3po_sd15": {
         "rollout": {
             **{"size": (512, 512), "prompts_per_step": 20, "samples_per_prompt": 2, "num_steps": 20},
@@ -120,7 +109,4 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 """dense_reward is the objective of arXiv 2402.08265, which draws 3 steps with probabilities ~ γ^k; here all kept steps
-count. d3po_sd15 is the published code, which takes an optimizer step for every pair and denoising step. spo_branch has
-the steps, β and bound of SPO (arXiv 2406.04314), whose pairs are candidates of one step from one state. Here that state
-lies on a deterministic path from shared noise, and the candidates are judged by the pictures that the deterministic
-rest of the chain makes of them, not by a step-aware preference model."""
+count. d3po_sd15 is the published code, which takes an optimizer step for every pair and denoising step."""

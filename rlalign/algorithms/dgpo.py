@@ -21,17 +21,17 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
 from rlalign.algorithms.forward import (
     ForwardSettings,
     Noised,
     Ramp,
-    anchor,
     at_times,
     beyond,
     error,
     group_index,
     group_mean,
+    penalty,
     velocities,
 )
 from rlalign.mdp.noise import Noise
@@ -103,17 +103,13 @@ class Algorithm(Stateless):
         rows = means["group_weight"] * advantages * torch.where(still, e.detach(), e)
         means["policy_loss"] = rows.detach()
         if config.kl_weight > 0:
-            kl = anchor(v, fixed["reference"], at.t, config.kl_weighting)
+            kl = penalty(v, fixed["reference"], at, config.kl_weighting)
             rows = rows + config.kl_weight * (torch.where(still, kl.detach(), kl) if config.clip_kl else kl)
             means["kl"] = kl.detach()
         return Loss(rows, means)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        if not self.needs.copies:
-            return {}
-        decay = self.config.old_decay.at(updates)
-        policy.blend("old", decay)
-        return {"old_decay": decay}
+        return lag(policy, self.needs.copies, self.config.old_decay.at(updates))
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -1,12 +1,14 @@
-"""Diffusion-DPO on pairs of the run's own samples (arXiv 2311.12908, eq. 14), and its relatives on the same margin.
+"""Diffusion-DPO on pairs of the run's own samples, or of recorded ones (arXiv 2311.12908, eq. 14), and its relatives.
 
     x_t = (1 - t) x0 + t ε                                    t and ε the same for winner and loser
-    e   = w(t) mean_D ‖v(x_t, t) - (ε - x0)‖²
-    h   = -(β/2) [(e_w - e_w^ref) - (e_l - e_l^ref)]          without the ½ where ``dpo_half`` is off
+    e   = w(t) mean_D ‖v(x_t, t) - (ε - x0)‖²                 ‖ε_θ - ε‖² for models of the noise (forward.py)
+    h   = -(β/2) γ^k [(e_w - e_w^ref) - (e_l - e_l^ref)]      without the ½ where ``dpo_half`` is off
     L   = mean over rows and times of -log σ(h), ipo, hinge or cdpo (pairs.py)
 
 Both members of a pair carry its loss, and rows in no pair carry 0: a group of G with one pair counts 2 in G. Pairs are
-made of the advantages, so that several rewards can be weighed as anywhere else; groups that tie have no pair.
+made of the advantages, so that several rewards can be weighed as anywhere else; groups that tie have no pair. With
+γ < 1 early denoising steps, which a verdict on the picture says more of, count more: k is the number of the rollout's
+levels that are noisier than t (arXiv 2402.08265, which discounts the steps of sampled chains: d3po.py does that).
 
 Metrics: ``policy_loss`` over rows in pairs · ``accuracy`` = share of pairs with h > 0 · ``margin`` = h ·
 ``winner_gain`` and ``loser_gain`` = -(β/2) (e - e^ref): both fall when the loss drives the model away from its data.
@@ -41,6 +43,8 @@ class Config(PairSettings, TimeSettings):
     """q of cdpo, how probably a label is wrong."""
     weighting: Weighting = "uniform"
     """w(t) of the errors."""
+    discount: float = Field(default=1.0, gt=0, le=1)
+    """γ: below 1 the margin shrinks with every level of the rollout's grid that is noisier."""
     updates_per_step: int = Field(default=1, ge=1)
     """Optimizer steps a batch, each on its own share of whole groups."""
 
@@ -48,6 +52,11 @@ class Config(PairSettings, TimeSettings):
 def implicit_reward(likelihood: Tensor, reference: Tensor, beta: float, half: bool = True) -> Tensor:
     """s = (β/2) (ℓ - ℓ_ref), ℓ = -e: its difference within a pair is h."""
     return (beta / 2 if half else beta) * (likelihood - reference)
+
+
+def levels_above(sample: Trajectory, t: Tensor) -> Tensor:
+    """k [b]: how many of the rollout's levels are noisier than t [b]."""
+    return (sample.schedule.flow_grid.to(t) > t[:, None]).sum(1)
 
 
 class Algorithm(Stateless):
@@ -72,6 +81,8 @@ class Algorithm(Stateless):
         v, fixed = velocities(policy, sample, at, ["reference"])
         own, reference = (likelihood(u, at, config.weighting) for u in (v, fixed["reference"]))
         implicit = implicit_reward(own, reference, beta, config.dpo_half)
+        if config.discount < 1:
+            implicit = implicit * config.discount ** levels_above(sample, at.t)
         h = pairs.margin(implicit)
         rows = pair_loss(h, config.loss, beta, config.label_smoothing) * pairs.inside
         return Loss(rows, {"policy_loss": rows.detach(), **margin_metrics(pairs, h, implicit)})
@@ -86,11 +97,12 @@ def _method(**algorithm: Any) -> dict[str, Any]:
     return {"algorithm": {"name": "dpo", **algorithm}}
 
 
-def _paper(size: int, beta: float) -> dict[str, Any]:
+def _paper(size: int, beta: float, **rollout: Any) -> dict[str, Any]:
     return {
         "rollout": {
             **{"size": (size, size), "prompts_per_step": 1024, "samples_per_prompt": 2},
-            **{"num_steps": 50, "guidance_scale": 7.5, "solver": "euler"},
+            **{"num_steps": 50, "guidance_scale": 7.5, "solver": "euler", "kernel": "ddim"},
+            **rollout,
         },
         "algorithm": {"name": "dpo", "beta": beta, "num_times": 1, "times": "uniform"},
         "optimizer": {"lr": 2.048e-5, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "max_grad_norm": 1.0},
@@ -116,6 +128,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "dpo_sd15": _paper(512, beta=2000.0),
     "dpo_sdxl": _paper(1024, beta=5000.0),
+    "dpo_sd15_pairs": _paper(512, beta=2000.0, source="data", guidance_scale=1.0),
 }
-"""flow_dpo_sd35 is the baseline in Flow-GRPO's repository. The paper trains on a data set of pairs; dpo_sd15 and
-dpo_sdxl keep its β, its batch of 2048 images and its lr (1e-8 times the batch), on pairs of the model's own."""
+"""flow_dpo_sd35 is the baseline in Flow-GRPO's repository. The paper trains on a data set of pairs, without guidance,
+which is dpo_sd15_pairs; dpo_sd15 and dpo_sdxl keep its β, its batch of 2048 images and its lr (1e-8 times the batch),
+on pairs of the model's own. All are of 1024 pairs a step; β and ½ are as in the paper's code."""

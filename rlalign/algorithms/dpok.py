@@ -23,15 +23,15 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import loo
 from rlalign.algorithms.base import Loss, Needs, SampleWith
-from rlalign.algorithms.losses import clipped_policy_loss, fixed_step, ratio, ratio_means
+from rlalign.algorithms.losses import clipped_policy_loss, fixed_step, kept_step, ratio, ratio_means
+from rlalign.algorithms.regularise import Penalised, held
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, State, Trajectory
 
 
-class Config(Settings):
+class Config(Penalised):
     """The algorithm block with ``name: dpok``."""
 
     name: Literal["dpok"] = "dpok"
@@ -99,7 +99,7 @@ class Algorithm:
         steps = [(fixed_step(policy, "policy", sample, slot), ref) for slot, ref in enumerate(references) if ref]
         if not steps:
             return None
-        kls = torch.stack([step.gaussian.kl(reference, "sum") for step, reference in steps], 1)
+        kls = torch.stack([held(step.gaussian.kl(reference, "sum"), sample.held) for step, reference in steps], 1)
         return kls.flip(1).cumsum(1).flip(1) - kls
 
     def _loss(
@@ -116,13 +116,12 @@ class Algorithm:
         rho = ratio(policy.log_prob(gaussian, sample.x_next[:, slot]), sample.log_probs[:, slot])
         credit = advantages if to_go is None else advantages - beta * to_go[:, slot]
         policy_loss = clipped_policy_loss(rho, credit, epsilon, epsilon)
-        rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **ratio_means(rho, epsilon, epsilon)}
+        means = ratio_means(rho, epsilon, epsilon)
         if to_go is not None:
             means["kl_to_go"] = to_go[:, slot]
-        if reference is not None:
-            kl = gaussian.kl(reference, policy.settings.logprob_reduction)
-            rows, means["kl"] = rows + beta * kl, kl.detach()
-        return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
+        reduction = policy.settings.logprob_reduction
+        kl = None if reference is None else held(gaussian.kl(reference, reduction), sample.held)
+        return kept_step(sample, policy_loss, rho, means, kl, beta)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
         return {}

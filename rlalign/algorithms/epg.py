@@ -24,9 +24,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
 from rlalign.algorithms.forward import Look, Ramp, RatioSettings, Weighting, beyond, look
 from rlalign.algorithms.losses import ratio_means
+from rlalign.algorithms.regularise import held
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
 from rlalign.types import Scores, Trajectory
@@ -106,14 +107,10 @@ class Algorithm(Stateless):
     def _kl(self, seen: Look) -> Tensor:
         if self.config.kl_form == "girsanov":
             return seen.distances["reference"]
-        return kl_estimate(self.config.kl_form, seen.likelihood - seen.fixed["reference"])
+        return held(kl_estimate(self.config.kl_form, seen.likelihood - seen.fixed["reference"]), seen.held)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        if not self.needs.copies:
-            return {}
-        decay = self.config.old_decay.at(updates)
-        policy.blend(self.needs.copies[0], decay)
-        return {"old_decay": decay}
+        return lag(policy, self.needs.copies, self.config.old_decay.at(updates))
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

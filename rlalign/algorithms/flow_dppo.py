@@ -20,14 +20,15 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
-from rlalign.algorithms.losses import KlForm, divergence, fixed_step, ratio, trusted
+from rlalign.algorithms.losses import KlForm, divergence, fixed_step, kept_step, ratio, trusted
+from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings):
+class Config(AdvantageSettings, Penalised):
     """The algorithm block with ``name: flow_dppo``."""
 
     name: Literal["flow_dppo"] = "flow_dppo"
@@ -73,12 +74,10 @@ class Algorithm(Stateless):
         rho = ratio(policy.log_prob(step.gaussian, sample.x_next[:, slot]), sample.log_probs[:, slot])
         mask = trusted(moved, rho.detach(), advantages, self.config.threshold)
         policy_loss = -mask * advantages * rho
-        rows, means = policy_loss, {"policy_loss": policy_loss.detach(), "ratio/mean": rho.detach()}
-        means |= {"masked_fraction": 1 - mask, "old_divergence": moved}
-        if reference is not None:
-            kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
-            rows, means["kl"] = rows + self.config.kl_weight * kl, kl.detach()
-        return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
+        means = {"ratio/mean": rho.detach(), "masked_fraction": 1 - mask, "old_divergence": moved}
+        reduction = policy.settings.logprob_reduction
+        kl = None if reference is None else divergence(self.config.kl_form, step, reference, reduction)
+        return kept_step(sample, policy_loss, rho, means, kl, self.config.kl_weight)
 
 
 OVERLAY: dict[str, Any] = {

@@ -8,6 +8,11 @@ flow_sde  w = (1 - min(t, 0.99)) / (2 0.7² t)     AWM's "ELBO" of a penalty: 1 
 adaptive  ℓ = -mean_D (x̂0 - x0)² / max(sg mean_D |x̂0 - x0|, 1e-5),  x̂0 = x_t - t v_θ     depends on x0 given x_t
 huber     ℓ = -t (√(e + 1e-10) - 1e-5)
 ghuber    ℓ = -t / p ((e + 1e-10)^p - 1e-10^p),  p = 0.25                   AWM, as huber
+
+A model of discrete times on another path, such as Stable Diffusion 1, is looked at on the flow path too: each training
+time has a t = σ / (α + σ) that is as noisy, and α x0 + σ ε is x_t but for the factor α + σ. There e is the error of the
+noise, as such models were trained: mean_D (ε_θ - ε)² = (1 - t)² mean_D (v_θ - u)², and so are penalties. The grid is
+the rollout's training times, and ``uniform`` draws from all of them alike.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -21,11 +26,12 @@ from torch import Tensor
 from rlalign.algorithms.advantages import AdvantageSettings
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.losses import mean_square
+from rlalign.algorithms.regularise import Penalised, held
 from rlalign.ema import ramp
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
 from rlalign.settings import Settings
-from rlalign.types import Level, Trajectory
+from rlalign.types import Trajectory
 
 TimeWeighting = Literal["uniform", "t", "t2", "elbo", "flow_sde"]
 Weighting = Literal[TimeWeighting, "adaptive", "huber", "ghuber"]
@@ -46,7 +52,7 @@ class TimeSettings(AdvantageSettings):
     """s of t -> s t / (1 + (s - 1) t), not for the grid; above 1 it moves times towards the noise."""
 
 
-class ForwardSettings(TimeSettings):
+class ForwardSettings(TimeSettings, Penalised):
     """The keys of forward-process algorithms that weigh the velocity's error and may hold it to the reference."""
 
     weighting: Weighting = "uniform"
@@ -96,6 +102,8 @@ class Noised:
     x: Tensor  # [b, *L]
     t: Tensor  # [b]
     epsilon: Tensor  # [b, *L]
+    unit: Tensor | None = None  # [b]   what turns (v - u)² into the error of the noise, for models that predict it
+    held: Tensor | None = None  # [b]   what a penalty is multiplied by; None: 1
 
     @property
     def velocity(self) -> Tensor:
@@ -111,9 +119,11 @@ class Noised:
 def draw_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_group: bool = False) -> Tensor:
     """[b, T]; ``by_group``: the rows of a group have their times in common."""
     places, low, high = _places(sample, by_group), *settings.time_range
+    table = sample.schedule.table
     if settings.times == "grid":
-        grid = sample.schedule.sigma[:-1]
-        grid = grid[(grid >= low) & (grid <= high)]
+        grid = sample.schedule.flow_grid
+        place = grid if table is None else sample.schedule.time[:-1] / len(table)
+        grid = grid[(place >= low) & (place <= high)]
         if settings.num_times > len(grid):
             raise ValueError(
                 f"algorithm.num_times: {settings.num_times} is more than the rollout's {len(grid)} levels within "
@@ -128,6 +138,9 @@ def draw_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_grou
         normal = 2**0.5 * torch.erfinv(2 * uniform.double().clamp(1e-6, 1 - 1e-6) - 1)  # its quantiles
         uniform = normal.sigmoid()
     shifted = settings.time_shift * uniform / (1 + (settings.time_shift - 1) * uniform)
+    if table is not None:
+        index = (len(table) * (low + (high - low) * shifted)).long().clamp(max=len(table) - 1)
+        return sample.schedule.flow_times[index].to(sample.final)
     return (low + (high - low) * shifted).clamp(1e-3, 1 - 1e-3).to(sample.final)
 
 
@@ -136,7 +149,8 @@ def noised(sample: Trajectory, t: Tensor, noise: Noise, index: int, by_group: bo
     x0, places = sample.final, _places(sample, by_group)
     epsilon = noise.normal("train/noise", places, index, tuple(x0.shape[1:]), x0.dtype).to(x0)
     times = t.reshape(-1, *[1] * (x0.ndim - 1))
-    return Noised(x0, (1 - times) * x0 + times * epsilon, t, epsilon)
+    unit = None if sample.schedule.table is None else (1 - t).square()
+    return Noised(x0, (1 - times) * x0 + times * epsilon, t, epsilon, unit, sample.held)
 
 
 def at_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_group: bool = False) -> Iterator[Noised]:
@@ -156,15 +170,13 @@ def fixed_velocity(
 ) -> Tensor:
     """[b, *L] under other weights. To be asked for first: they borrow the parameters of the graph.
 
-    ``guidance`` replaces the rollout's scale.
+    ``reference`` means the policy's anchor, which may have moved (regularise.py). ``guidance`` replaces the rollout's
+    scale.
     """
-    with policy.using(name):
-        if guidance is None:
-            return policy.predict_noised(sample, at.x, at.t).velocity
-        if sample.uncond is None:
-            raise ValueError("a guided reference needs negative prompts: set rollout.guidance_scale above 1")
-        level = Level(1 - at.wide_t, at.wide_t, sample.schedule.sigma[1].to(at.x.device))
-        return policy.predict(at.x, 1000 * at.t.float(), level, sample.cond, sample.uncond, guidance).velocity
+    if guidance is not None and sample.uncond is None:
+        raise ValueError("algorithm.kl_guidance is for models with guidance, and this one encodes no negative prompts")
+    with policy.using(policy.anchor if name == "reference" else name):
+        return policy.predict_noised(sample, at.x, at.t, guidance).velocity
 
 
 def velocities(
@@ -190,6 +202,10 @@ def likelihood(v: Tensor, at: Noised, weighting: Weighting) -> Tensor:
         missed = at.x - at.wide_t * v - at.x0
         return -mean_square(missed) / missed.detach().abs().flatten(1).mean(1).clamp(min=GUARD)
     e = mean_square(v - at.velocity)
+    if at.unit is not None:
+        if weighting in ("elbo", "flow_sde"):
+            raise ValueError(f"algorithm.weighting {weighting} is for flow-matching models; set it to uniform")
+        e = at.unit * e
     if weighting == "huber":
         return -at.t * ((e + SMOOTH).sqrt() - SMOOTH**0.5)
     if weighting == "ghuber":
@@ -205,8 +221,14 @@ def time_weight(t: Tensor, weighting: TimeWeighting) -> Tensor:
 
 
 def anchor(v: Tensor, fixed: Tensor, t: Tensor, weighting: TimeWeighting) -> Tensor:
-    """w(t) mean_D (v - v_fixed)² [b]: the penalty that holds a velocity to another."""
+    """w(t) mean_D (v - v_fixed)² [b]."""
     return time_weight(t, weighting) * mean_square(v - fixed)
+
+
+def penalty(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
+    """w(t) mean_D (v - v_fixed)² [b], what holds a velocity to another, in the samples that are to be held."""
+    distance = anchor(v, fixed, at.t, weighting)
+    return held(distance if at.unit is None else at.unit * distance, at.held)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +238,8 @@ class Look:
     share: float  # of the sample's times
     likelihood: Tensor  # [b] ℓ_θ, with graph
     fixed: dict[Variant, Tensor]  # [b] ℓ under other weights
-    distances: dict[Variant, Tensor]  # [b] anchors to them, with graph
+    distances: dict[Variant, Tensor]  # [b] penalties for leaving them, with graph
+    held: Tensor | None = None  # [b]   what a penalty is multiplied by; None: 1
 
 
 def look(
@@ -242,7 +265,7 @@ def look(
     for at, _, fixed in seen:
         part = _look(velocity(policy, sample, at), fixed, at, settings)
         slope = part.likelihood - part.likelihood.detach()
-        yield Look(part.share, whole + slope, fixed_whole, part.distances)
+        yield Look(part.share, whole + slope, fixed_whole, part.distances, part.held)
 
 
 def _look(v: Tensor, fixed: dict[Variant, Tensor], at: Noised, settings: RatioSettings) -> Look:
@@ -251,9 +274,9 @@ def _look(v: Tensor, fixed: dict[Variant, Tensor], at: Noised, settings: RatioSe
 
     likelihoods: dict[Variant, Tensor] = {name: own(other) for name, other in fixed.items()}
     distances: dict[Variant, Tensor] = {
-        name: anchor(v, other, at.t, settings.kl_weighting) for name, other in fixed.items()
+        name: penalty(v, other, at, settings.kl_weighting) for name, other in fixed.items()
     }
-    return Look(1 / settings.num_times, own(v), likelihoods, distances)
+    return Look(1 / settings.num_times, own(v), likelihoods, distances, at.held)
 
 
 def regression(
@@ -267,7 +290,7 @@ def regression(
         rows = weights * e
         means = {"policy_loss": rows.detach(), "error": e.detach()}
         if others:
-            kl = anchor(v, fixed["reference"], at.t, settings.kl_weighting)
+            kl = penalty(v, fixed["reference"], at, settings.kl_weighting)
             rows, means["kl"] = rows + settings.kl_weight * kl, kl.detach()
         yield Loss(rows / settings.num_times, means)
 

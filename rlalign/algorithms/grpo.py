@@ -15,7 +15,6 @@ of ratios outside the clip range, ``clip_fraction_high`` and ``clip_fraction_low
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -28,10 +27,12 @@ from rlalign.algorithms.losses import (
     clipped_policy_loss,
     divergence,
     fixed_step,
+    kept_step,
     ratio,
     ratio_means,
     step_weights,
 )
+from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Step
 from rlalign.types import Scores, State, Trajectory
@@ -39,7 +40,7 @@ from rlalign.types import Scores, State, Trajectory
 Range = Annotated[float, Field(gt=0, le=1)]
 
 
-class Config(AdvantageSettings):
+class Config(AdvantageSettings, Penalised):
     """The algorithm block with ``name: grpo``."""
 
     name: Literal["grpo"] = "grpo"
@@ -97,12 +98,12 @@ class Algorithm:
         step = None if reference is None else policy.replay(sample, slot)
         rho = ratio(*policy.log_probs(sample, slot, step))
         policy_loss = weights * clipped_policy_loss(rho, advantages, low, high)
-        rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **ratio_means(rho, low, high)}
+        kl = None
         if step is not None and reference is not None:
             kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
-            counts = advantages != 0 if self.config.zero_std_groups == "drop" else torch.ones_like(kl)
-            rows, means["kl"] = rows + self.config.kl_weight * kl * counts, kl.detach()
-        return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
+        feel = advantages != 0 if self.config.zero_std_groups == "drop" else None
+        means = ratio_means(rho, low, high)
+        return kept_step(sample, policy_loss, rho, means, kl, self.config.kl_weight, feel)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
         return {}

@@ -25,15 +25,17 @@ from rlalign.algorithms.losses import (
     divergence,
     fixed_step,
     guarded_ratio,
+    kept_step,
     ratio_means,
 )
+from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings):
+class Config(AdvantageSettings, Penalised):
     """The algorithm block with ``name: grpo_guard``."""
 
     name: Literal["grpo_guard"] = "grpo_guard"
@@ -85,11 +87,8 @@ class Algorithm(Stateless):
         rho = guarded_ratio(log_probs, sample.log_probs[:, slot], moved, std)
         tau = (step.now.sigma - step.nxt.sigma).flatten()
         policy_loss = clipped_policy_loss(rho, advantages, epsilon, epsilon) / tau
-        rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **ratio_means(rho, epsilon, epsilon)}
-        if reference is not None:
-            kl = divergence(self.config.kl_form, step, reference, reduction)
-            rows, means["kl"] = rows + self.config.kl_weight * kl, kl.detach()
-        return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
+        kl = None if reference is None else divergence(self.config.kl_form, step, reference, reduction)
+        return kept_step(sample, policy_loss, rho, ratio_means(rho, epsilon, epsilon), kl, self.config.kl_weight)
 
 
 OVERLAY: dict[str, Any] = {

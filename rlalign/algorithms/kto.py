@@ -1,12 +1,13 @@
 """Diffusion-KTO: thumbs up or down for single samples, no pairs (arXiv 2404.04465, eq. 8).
 
-    Δ = ℓ_θ - ℓ_ref,  ℓ = -w(t) mean_D ‖v(x_t, t) - (ε - x0)‖²      how much likelier a sample became; (t, ε) by group
+    Δ = ℓ_θ - ℓ_ref,  ℓ = -w(t) mean_D ‖v(x_t, t) - (ε - x0)‖²      how much likelier a sample became; (t, ε) by group;
+                                                                    ‖ε_θ - ε‖² for models of the noise (forward.py)
     z = max(0, mean of Δ over the group), detached                  where a gain begins to count
     L = mean over rows and times of  λ (1 - σ(± β (Δ - z)))         + for liked ones, - for the others
 
-A sample is liked if its advantage is above the mean of its group, which is 0, or above the group's median. Groups that
-tie have neither. The public code takes z over the batch on a device; here it is the group's, so that it does not
-depend on how rows are packed.
+A sample is liked if its advantage is above the mean of its group, which is 0, or above the group's median; groups that
+tie have neither. With ``positive`` recorded thumbs, scores of 1 and -1, stand for themselves. The public code takes z
+over the batch on a device; here it is the group's, so that it does not depend on how rows are packed.
 
 Metrics: ``policy_loss`` · ``z_ref`` = β z · ``accuracy`` = share of rows with ± (Δ - z) > 0 · ``liked_gain`` and
 ``disliked_gain`` = the group's mean β Δ of each kind.
@@ -42,8 +43,8 @@ class Config(TimeSettings):
     """This algorithm."""
     beta: float | None = Field(default=None, gt=0)
     """β of mean errors; null: a sixteenth of the number of latent elements, the public code's 1000 for SD1.5."""
-    liked: Literal["above_mean", "above_median"] = "above_mean"
-    """Which samples of a group get the thumb up."""
+    liked: Literal["above_mean", "above_median", "positive"] = "above_mean"
+    """Which samples of a group get the thumb up; positive: those of scores above 0, whatever the others have."""
     liked_weight: float = Field(default=1.0, ge=0)
     """λ of liked samples."""
     disliked_weight: float = Field(default=1.0, ge=0)
@@ -82,6 +83,8 @@ class Algorithm(Stateless):
         self.config = config
 
     def advantages(self, scores: Scores) -> Tensor:
+        if self.config.liked == "positive":
+            return torch.where(scores.valid, (scores.total > 0).to(scores.total) * 2 - 1, 0)
         values = group_relative(scores, self.config)
         counted = scores.valid if self.config.select == "all" else scores.valid & (values != 0)
         return thumbs(values, counted, self.config.liked == "above_median")
@@ -111,12 +114,20 @@ class Algorithm(Stateless):
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}
 """Second-order ODE rollouts; nothing is stochastic, so kernel and noise_level do not matter."""
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "kto_sd15": {
-        "rollout": {"size": (512, 512), "prompts_per_step": 256, "samples_per_prompt": 8, "solver": "euler"},
+
+def _public(prompts: int, samples: int, **rollout: Any) -> dict[str, Any]:
+    shape = {"size": (512, 512), "prompts_per_step": prompts, "samples_per_prompt": samples}
+    return {
+        "rollout": {**shape, "solver": "euler", "kernel": "ddim", **rollout},
         "algorithm": {"name": "kto", "beta": 1000.0, "num_times": 1, "times": "uniform"},
         "optimizer": {"lr": 1e-7, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2, "max_grad_norm": 1.0},
         "model": {"lora": None},
-    },
+    }
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "kto_sd15": _public(256, 8),
+    "kto_sd15_pairs": _public(1024, 2, source="data"),
 }
-"""β, batch of 2048 images and lr of the public code, which trains on a data set of liked and disliked images."""
+"""β, batch of 2048 images and lr of the public code, which trains on a data set of liked and disliked images; here a
+prompt needs two of them or more."""

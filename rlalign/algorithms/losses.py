@@ -5,6 +5,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from rlalign.algorithms.base import Loss
+from rlalign.algorithms.regularise import held
 from rlalign.mdp.prediction import from_network
 from rlalign.policy import Policy, Step, Variant
 from rlalign.types import Trajectory
@@ -49,7 +51,8 @@ def ratio_means(ratio: Tensor, low: float, high: float) -> dict[str, Tensor]:
 
 
 def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["mean", "sum"] = "mean") -> Tensor:
-    """[b] how far a step is from the reference's (docs/kernels.md; c is the whole std of the step, τ = σ - σ').
+    """[b] how far a step is from the reference's (docs/kernels.md; c is the whole std of the step, τ = σ - σ'), in the
+    samples that are to be held.
 
     gaussian   (μ - μ_ref)² / (2c²)      the Kullback-Leibler divergence itself
     no_tau     τ (μ - μ_ref)² / (2c²)    flow_grpo and verl-omni, whose std lacks √τ: to be used with published weights
@@ -59,18 +62,38 @@ def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["me
     The first two are reduced as the log-probs are, so that the weight keeps its meaning; the others are means.
     """
     if form == "velocity":
-        return mean_square(step.prediction.velocity - reference.prediction.velocity)
+        return held(mean_square(step.prediction.velocity - reference.prediction.velocity), step.held)
     if form == "mean_sq":
-        return mean_square(step.gaussian.mean - reference.gaussian.mean)
-    kl = step.gaussian.kl(reference.gaussian, reduction)
+        return held(mean_square(step.gaussian.mean - reference.gaussian.mean), step.held)
+    kl = held(step.gaussian.kl(reference.gaussian, reduction), step.held)
     return kl if form == "gaussian" else (step.now.sigma - step.nxt.sigma).flatten() * kl
 
 
 @torch.no_grad()
 def fixed_step(policy: Policy, name: Variant, sample: Trajectory, slot: int) -> Step:
-    """The step under other weights. To be asked for first: they borrow the parameters that a graph would hold."""
-    with policy.using(name):
+    """The step under other weights. To be asked for first: they borrow the parameters that a graph would hold.
+
+    ``reference`` means the policy's anchor, which may have moved (regularise.py).
+    """
+    with policy.using(policy.anchor if name == "reference" else name):
         return policy.replay(sample, slot)
+
+
+def kept_step(
+    sample: Trajectory,
+    policy_loss: Tensor,
+    rho: Tensor,
+    means: dict[str, Tensor],
+    kl: Tensor | None,
+    kl_weight: float,
+    held_rows: Tensor | None = None,
+) -> Loss:
+    """Of one kept step: the policy term, and the penalty where there is one, in ``held_rows`` [b] of 0 and 1 alone."""
+    rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **means}
+    if kl is not None:
+        penalty, means["kl"] = kl_weight * kl, kl.detach()
+        rows = rows + (penalty if held_rows is None else penalty * held_rows)
+    return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
 
 
 def step_weights(kind: StepWeight, policy: Policy, sample: Trajectory) -> Tensor:

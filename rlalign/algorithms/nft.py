@@ -26,6 +26,7 @@ from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, velocity
 from rlalign.algorithms.losses import mean_square
+from rlalign.algorithms.regularise import Penalised, held
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
@@ -37,7 +38,7 @@ Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not o
 DECAYS = {0: Ramp(rate=0.0, max=0.0), 1: Ramp(rate=0.001, max=0.5), 2: Ramp(flat=75, rate=0.0075, max=0.999)}
 
 
-class Config(AdvantageSettings):
+class Config(AdvantageSettings, Penalised):
     """The algorithm block with ``name: nft``."""
 
     name: Literal["nft"] = "nft"
@@ -110,7 +111,7 @@ class Algorithm(Stateless):
 
     def times(self, sample: Trajectory, noise: Noise) -> Tensor:
         """[b, T] levels of the rollout's grid, in each row's own order."""
-        grid = sample.schedule.sigma[:-1]
+        grid = sample.schedule.flow_grid
         number = self.config.num_times or max(1, int(0.99 * len(grid)))
         if number > len(grid):
             raise ValueError(f"algorithm.num_times: {number} is more than the rollout's {len(grid)} levels")
@@ -128,7 +129,7 @@ class Algorithm(Stateless):
         rows, means = policy_loss, {"policy_loss": policy_loss, "positive_loss": positive, "negative_loss": negative}
         means["old_deviate"] = mean_square(v - v_old)
         if v_ref is not None:
-            means["kl"] = mean_square(v - v_ref)
+            means["kl"] = held(mean_square(v - v_ref), at.held)
             rows = rows + config.kl_weight * means["kl"]
         return Loss(rows, {name: value.detach() for name, value in means.items()})
 

@@ -10,6 +10,7 @@ pair, rows outside pairs carry 0: the mean over rows in pairs is the mean over p
     ipo       (h / β - 1 / (2β))²                           IPO, arXiv 2310.12036; h / β is the log-ratio itself
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -132,6 +133,14 @@ def log_ratio(step: Gaussian, reference: Gaussian, x: Tensor, reduction: Reducti
     middle = (step.mean + reference.mean) / 2
     rows = ((step.mean - reference.mean) * (x.detach() - middle) / step.std.square()).flatten(1)
     return rows.sum(1) if reduction == "sum" else rows.mean(1)
+
+
+def within(log_ratios: Tensor, clip_range: float | None) -> tuple[Tensor, Tensor]:
+    """ρ held within log(1 ± ε), D3PO's and SPO's bound of the ratio to the reference, and where it was outside."""
+    if clip_range is None:
+        return log_ratios, torch.zeros_like(log_ratios)
+    low, high = math.log1p(-clip_range), math.log1p(clip_range)
+    return log_ratios.clamp(low, high), ((log_ratios < low) | (log_ratios > high)).to(log_ratios)
 
 
 LossOfRatios = Callable[[Tensor, Tensor], Loss]

@@ -20,8 +20,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
-from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, anchor, at_times, velocities
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
+from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, anchor, at_times, penalty, velocities
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
@@ -72,16 +72,12 @@ class Algorithm(Stateless):
             moved = mean_square(v.detach() - fixed["reference"])
             means = {"policy_loss": rows.detach(), "moved": moved}
             if config.kl_weight > 0:
-                kl = anchor(v, fixed["reference"], at.t, config.kl_weighting)
+                kl = penalty(v, fixed["reference"], at, config.kl_weighting)
                 rows, means["kl"] = rows + config.kl_weight * kl, kl.detach()
             yield Loss(rows / config.num_times, means)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        if not self.needs.copies:
-            return {}
-        decay = self.config.old_decay.at(updates)
-        policy.blend("old", decay)
-        return {"old_decay": decay}
+        return lag(policy, self.needs.copies, self.config.old_decay.at(updates))
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlalign import machine, plugins
 from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.regularise import penalty_of
 from rlalign.build import load_policy, make_algorithm
 from rlalign.checks import warnings
 from rlalign.commands import split
@@ -29,7 +30,7 @@ from rlalign.models.base import torch_dtype
 from rlalign.paths import model_path
 from rlalign.pipeline import split as batch_units
 from rlalign.policy import Policy
-from rlalign.prompts import PromptSet
+from rlalign.prompts import PromptSet, stand_in
 from rlalign.reporting.spans import read_spans
 from rlalign.rundir import RunDir
 from rlalign.types import Prompt, Trajectory, Unit
@@ -37,7 +38,7 @@ from rlalign.workers.learner import Learner
 from rlalign.workers.sampler import Sampler
 
 SMALL = 2**28  # bytes of weights up to which the real model is loaded to measure
-ROWS = 2  # of the micro-batch that is counted or measured
+ROWS = 2  # of a pass of the net that is counted or measured; chains, where one makes several rows
 DENOISERS = ("transformer", "unet")  # what diffusers calls the net that is trained
 
 
@@ -158,19 +159,22 @@ def count_passes(config: RunConfig, algorithm: Algorithm) -> Passes:
 
     family.net.register_forward_hook(count)
     sample = _sample(policy, algorithm, config)
-    rollout, counts["without"] = counts["without"], 0
-    for _ in algorithm.losses(policy, sample, torch.ones(ROWS), Noise(0)):
+    rollout, counts["without"] = 0 if settings.source == "data" else counts["without"], 0
+    for _ in algorithm.losses(policy, sample, torch.ones(sample.num_rows), Noise(0)):
         pass
-    return Passes(rollout / ROWS, counts["with"] / ROWS, counts["without"] / ROWS)
+    rows = sample.num_rows
+    return Passes(rollout / rows, counts["with"] / rows, counts["without"] / rows)
 
 
 def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajectory:
     """A micro-batch as the learner gets it."""
     noise = Noise(0)
     Learner(policy, algorithm, noise, config.optimizer, config.ema)  # keeps the copies that the losses need
-    unit = Unit(0, (0,), (Prompt("a"),), ROWS)
-    trajectory, _ = Sampler(policy, noise, algorithm.sample_with, algorithm.needs.trajectory, shares=True).sample(unit)
-    return trajectory.take(torch.arange(ROWS))
+    unit = Unit(0, (0,), (stand_in("a", policy.size),), ROWS * config.rollout.chain_rows)
+    needs = algorithm.needs
+    sampler = Sampler(policy, noise, algorithm.sample_with, needs.trajectory, shares=True, keep_uncond=needs.uncond)
+    trajectory, _ = sampler.sample(unit, policy.settings if policy.settings.source == "data" else None)
+    return trajectory.take(torch.arange(trajectory.num_rows))
 
 
 # --- memory
@@ -179,6 +183,7 @@ def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajecto
 def _memory(config: RunConfig, algorithm: Algorithm, weights: Weights, kept: Kept | None) -> Iterator[tuple[str, str]]:
     images = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
     copies = len(algorithm.needs.copies) + (config.ema is not None) + (config.model.lora is None)
+    copies += penalty_of(algorithm).moves
     frozen = weights.all * _itemsize(config)
     own = weights.trained * (4 + 4 + 8 + 4 * copies)  # weight, gradient, two moments, copies
     yield "weights", f"{weights.all:,} parameters, {weights.trained:,} trained ({_how(config)})"
@@ -219,7 +224,7 @@ def measure_kept(config: RunConfig, policy: Policy) -> Kept:
     for bytes_kept in _saved_by_each_loss(policy, algorithm, sample, weights):
         most = max(most, bytes_kept)
     tensors = [t for t in (sample.x, sample.x_next, sample.final, *sample.cond.values()) if t is not None]
-    return Kept(most // ROWS, sum(t.nbytes for t in tensors) // ROWS)
+    return Kept(most // sample.num_rows, sum(t.nbytes for t in tensors) // sample.num_rows)
 
 
 def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory, weights: set[int]) -> Iterator[int]:
@@ -233,7 +238,7 @@ def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        for _ in algorithm.losses(policy, sample, torch.ones(ROWS, device=policy.device), Noise(0)):
+        for _ in algorithm.losses(policy, sample, torch.ones(sample.num_rows, device=policy.device), Noise(0)):
             yield sum(saved.values())
             saved.clear()
 

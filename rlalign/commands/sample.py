@@ -20,10 +20,10 @@ from rlalign.config import RunConfig, resolve
 from rlalign.files import in_words
 from rlalign.mdp.noise import Noise
 from rlalign.paths import ZOO, model_path
-from rlalign.prompts import PromptSet
+from rlalign.prompts import PromptSet, read_image
 from rlalign.reporting.grids import save_grid
 from rlalign.rundir import RunDir
-from rlalign.types import Prompt, Unit
+from rlalign.types import Prompt, Size, Unit
 from rlalign.workers.sampler import Sampler
 
 SHOWN_PROMPTS = 8  # from the held-out file, when no prompt is given
@@ -46,6 +46,7 @@ class Wish:
     latents_in: Path | None
     latents_out: Path | None
     to: Path
+    image: Path | None = None
 
 
 def sample(wish: Wish) -> int:
@@ -109,10 +110,13 @@ def _json(path: Path) -> dict[str, Any]:
 
 def _prompts(config: RunConfig, wish: Wish) -> tuple[Prompt, ...]:
     if wish.prompts:
-        return tuple(Prompt(text) for text in wish.prompts)
+        image = None if wish.image is None else read_image(wish.image, Size(*config.rollout.size))
+        return tuple(Prompt(text, image=image) for text in wish.prompts)
+    if wish.image:
+        raise ValueError("--image is what the prompts given with --prompt start from; give one or more")
     if config.prompts.heldout.name == NO_PROMPTS:
         raise ValueError("a model folder brings no prompts; give one or more with --prompt TEXT")
-    return PromptSet.read(config.prompts.heldout).first(SHOWN_PROMPTS)
+    return PromptSet.read(config.prompts.heldout, Size(*config.rollout.size)).first(SHOWN_PROMPTS)
 
 
 def _read_latents(path: Path, shape: torch.Size) -> Tensor:

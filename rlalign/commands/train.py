@@ -113,7 +113,8 @@ def _loop(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run,
 def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:
     clip = getattr(config.algorithm, "clip_range", None)  # algorithms without a ratio have none
     heldout = tuple(reward.name for reward in config.rewards if reward.role == "heldout")
-    watch = Watch(WatchConfig(), min(clip) if isinstance(clip, tuple) else clip, config.optimizer.eps, heldout)
+    clip = min(clip) if isinstance(clip, tuple) else clip
+    watch = Watch(WatchConfig(), clip, config.optimizer.eps, heldout, config.updates_per_step)
     sinks = make_sinks(config.reporting, current, config.tree())
     return Recorder(current, config.steps, config.checkpoint, watch, sinks, display)
 

@@ -77,7 +77,7 @@ def spread(number: int, wanted: int) -> tuple[int, ...]:
 
 def summary(scores: Scores) -> dict[str, float]:
     """Means over images with a valid score, each detail over the images it applies to, and the raw diversity."""
-    metrics = {"reward/mean": _mean(scores.total[scores.valid])}
+    metrics = {"reward/mean": _mean(scores.total[scores.valid])} if scores.training else {}
     for name, reward in scores.rewards.items():
         metrics[f"reward/{name}/mean"] = _mean(reward.values[reward.valid])
         for detail, values in reward.details.items():

@@ -138,6 +138,10 @@ class Family:
         grey = (0.5 + latents / SPAN).clamp(0, 1).reshape(-1, size.frames, 1, size.height, size.width)
         return grey.expand(-1, -1, 3, -1, -1).squeeze(1)  # a single frame is an image
 
+    def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
+        """The latents that grey pixels [B, 3, H, W] show."""
+        return numbers(pixels).to(self.net.means).reshape(-1, *self.latent_shape(size))
+
     def save_pipeline(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         state = merged(self.nets)["velocity"].state_dict()

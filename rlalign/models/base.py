@@ -6,7 +6,7 @@ A family is one file in this folder. It defines a pydantic ``Config`` and one fi
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,15 @@ class Family(Protocol):
 
     def save_pipeline(self, folder: Path) -> None:
         """Writes the whole pipeline in the layout its library reads, with the nets' present weights."""
+        ...
+
+
+@runtime_checkable
+class EncodesImages(Protocol):
+    """What a family can do besides, which training on recorded images needs."""
+
+    def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
+        """Pixels [B, 3, H, W], float in [0, 1] -> the latents [B, *L] that ``decode`` makes them of; no gradient."""
         ...
 
 

@@ -101,6 +101,13 @@ class Family:
         scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
         return (vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
 
+    @torch.no_grad()
+    def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> [B, C, h, w]: the mean of the VAE's posterior."""
+        vae = self.pipeline.vae
+        mean = vae.encode((2 * pixels - 1).to(vae.device, vae.dtype)).latent_dist.mean
+        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+
     def save_pipeline(self, folder: Path) -> None:
         """A folder that plain diffusers loads, adapters added into the weights."""
         StableDiffusion3Pipeline(**{**self.pipeline.components, **merged(self.nets)}).save_pretrained(folder)

@@ -17,7 +17,7 @@ class WatchConfig(Settings):
     ratio_share: float = Field(default=0.1, gt=0)
     """off_policy: largest |ratio - 1| at a first update, as a share of the clip range."""
     clip_fraction: float = Field(default=0.5, gt=0, le=1)
-    """clip_saturation: share of clipped ratios ..."""
+    """clip_saturation: share of clipped ratios, of those that can be: at a step's first update fresh ones are 1 ..."""
     clip_steps: int = Field(default=5, ge=1)
     """... for so many steps."""
     zero_std_groups: float = Field(default=0.5, gt=0, le=1)
@@ -35,8 +35,12 @@ class WatchConfig(Settings):
 class Watch:
     """Remembers a few steps; says what is wrong now."""
 
-    def __init__(self, config: WatchConfig, clip_range: float | None, eps: float, heldout: tuple[str, ...]) -> None:
+    def __init__(
+        self, config: WatchConfig, clip_range: float | None, eps: float, heldout: tuple[str, ...], updates: int = 1
+    ) -> None:
+        """``updates``: optimizer steps a batch."""
         self.config, self.clip_range, self.eps, self.heldout = config, clip_range, eps, heldout
+        self.updates = updates
         self.norms: deque[float] = deque(maxlen=20)
         self.saturated = 0
         self.trend: deque[tuple[float, float]] = deque(maxlen=config.hacking_evaluations + 1)
@@ -59,13 +63,15 @@ class Watch:
         }
 
     def _clip_saturation(self, row: Mapping[str, float]) -> Alarms:
-        share = row.get("clip_fraction", 0.0)
+        fresh = self.updates > 1 and row.get("staleness", 0) == 0
+        share = row.get("clip_fraction", 0.0) * (self.updates / (self.updates - 1) if fresh else 1)
         self.saturated = self.saturated + 1 if share > self.config.clip_fraction else 0
         if self.saturated != self.config.clip_steps:
             return {}
         return {
             "clip_saturation": f"{share:.0%} of the ratios were clipped for {self.saturated} steps: most samples "
-            "teach nothing. Lower optimizer.lr or updates_per_step, or raise algorithm.clip_range"
+            "teach nothing. Lower optimizer.lr or updates_per_step, or raise algorithm.clip_range: a range that suits "
+            "one kernel, latent size or log-prob does not suit another (docs/kernels.md)"
         }
 
     def _dead_signal(self, row: Mapping[str, float]) -> Alarms:
@@ -105,7 +111,7 @@ class Watch:
         }
 
     def _hacking(self, metrics: Mapping[str, float]) -> Alarms:
-        if not self.heldout:
+        if not self.heldout or "reward/mean" not in metrics:  # recorded scores have no mean on new pictures
             return {}
         heldout = sum(metrics[f"reward/{name}/mean"] for name in self.heldout) / len(self.heldout)
         self.trend.append((metrics["reward/mean"], heldout))

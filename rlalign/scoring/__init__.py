@@ -3,7 +3,7 @@
 from rlalign.scoring.config import RewardConfig, check_rewards
 from rlalign.scoring.engine import Scoring, require_valid_group
 from rlalign.scoring.loading import load_reward, load_rewards, reward_names
-from rlalign.scoring.protocol import Reward, RewardError, differentiable, groupwise
+from rlalign.scoring.protocol import Reward, RewardError, differentiable, groupwise, of_recordings
 
 __all__ = [
     "Reward",
@@ -15,6 +15,7 @@ __all__ = [
     "groupwise",
     "load_reward",
     "load_rewards",
+    "of_recordings",
     "require_valid_group",
     "reward_names",
 ]

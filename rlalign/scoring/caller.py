@@ -59,7 +59,7 @@ class Caller:
     """Owns one reward's counters; everything else of it is in its `config`."""
 
     def __init__(self, reward: Reward) -> None:
-        self.config = reward.config
+        self.config, self.of_recordings = reward.config, reward.of_recordings
         self._reward = reward
         self.tally = Tally()
         self._failed_in_a_row = 0

@@ -22,10 +22,18 @@ class Scoring:
         assert len(self._callers) == len(rewards), "two rewards of one name"
 
     def score(self, images: Tensor, unit: Unit, roles: Collection[Role] = ("train",)) -> Scores:
-        """Every reward whose role is due, and no other. images: uint8 [P*G, ...], ordered by prompt."""
+        """Every reward whose role is due, and no other, but for those of recordings outside of rollouts.
+
+        images: uint8 [P*G, ...], ordered by prompt.
+        """
         assert images.dtype == torch.uint8 and len(images) == len(unit.prompts) * unit.samples
         rows = Rows(images, unit)
-        due = {name: caller for name, caller in self._callers.items() if caller.config.role in roles}
+        new = unit.purpose != "rollout"
+        due = {
+            name: caller
+            for name, caller in self._callers.items()
+            if caller.config.role in roles and not (new and caller.of_recordings)
+        }
         scores = {name: caller.score(rows) for name, caller in due.items()}
         sizes = [caller.config.min_group_size for caller in due.values() if caller.config.role == "train"]
         scores = _without_thin_groups(scores, unit, min(max(sizes, default=1), unit.samples))

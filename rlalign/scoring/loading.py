@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from rlalign.plugins import did_you_mean, module_from_file
 from rlalign.scoring.config import RewardConfig, check_rewards, is_url
-from rlalign.scoring.protocol import DIFFERENTIABLE, GROUPWISE, Reward
+from rlalign.scoring.protocol import DIFFERENTIABLE, GROUPWISE, OF_RECORDINGS, Reward
 from rlalign.scoring.remote import RemoteOptions, RemoteReward
 
 CATALOGUE = "rlalign.rewards"
@@ -65,6 +65,7 @@ def _local(config: RewardConfig, folder: Path) -> Reward:
         _ready(found, config.options),
         groupwise=getattr(found, GROUPWISE, False),
         differentiable=getattr(found, DIFFERENTIABLE, False),
+        of_recordings=getattr(found, OF_RECORDINGS, False),
     )
 
 

@@ -4,7 +4,8 @@
         return images[:, 0].float().mean((1, 2)) / 255
 
 `images` is a uint8 tensor [B, 3, H, W], of a video model [B, F, 3, H, W]: exactly the pixels that are saved.
-`prompts` holds one `rlalign.types.Prompt` a picture: `.text`, and `.metadata` as it stands in the prompt file.
+`prompts` holds one `rlalign.types.Prompt` a picture: `.text`, `.metadata` as it stands in the prompt file,
+and `.image` [3, H, W] or `.video` [F, 3, H, W], uint8, where the file says what the picture is made from.
 It returns B numbers, higher is better: a list, an array, a tensor [B], or a dict with these under "score". Every other
 key of the dict is a detail for the log, one number a picture, NaN where it does not apply. NaN or infinity as a score
 says "I cannot tell"; what then happens is the reward's `on_failure` in the run file, and never a silent 0.
@@ -20,6 +21,7 @@ In the run file it is named by `use`: a short name (`ocr`), `module:function` or
 
 `@groupwise` marks a reward that compares: it gets all pictures of one prompt, and nothing else, in a call.
 `@differentiable` marks one that is written in differentiable torch: it gets float pictures in [0, 1].
+`@of_recordings` marks one that reads what was recorded of the training images: it is not asked in evaluation.
 
 A call runs in a thread of its own, without gradients. Python cannot kill a thread: a call that hangs is given up at its
 timeout and its thread is left behind by name, so a retry may run beside it. Only a process of its own, as the Ray
@@ -42,6 +44,7 @@ _Marked = TypeVar("_Marked", bound=Callable[..., object])
 
 GROUPWISE = "__rlalign_groupwise__"
 DIFFERENTIABLE = "__rlalign_differentiable__"
+OF_RECORDINGS = "__rlalign_of_recordings__"
 
 
 class RewardError(ValueError):
@@ -56,6 +59,7 @@ class Reward:
     function: RewardFunction
     groupwise: bool = False
     differentiable: bool = False
+    of_recordings: bool = False
 
 
 def groupwise(reward: _Marked) -> _Marked:
@@ -67,4 +71,10 @@ def groupwise(reward: _Marked) -> _Marked:
 def differentiable(reward: _Marked) -> _Marked:
     """Marks a function or class: it gets float pictures in [0, 1] and may be differentiated through."""
     setattr(reward, DIFFERENTIABLE, True)
+    return reward
+
+
+def of_recordings(reward: _Marked) -> _Marked:
+    """Marks a function or class: it knows the images of `rollout.source: data`, and no others."""
+    setattr(reward, OF_RECORDINGS, True)
     return reward

@@ -1,7 +1,8 @@
 """A reward on another machine: pictures go as PNG in JSON over HTTP, numbers come back as JSON. Never pickle.
 
 The request is a POST with {"images": [PNG in base64, ...], "prompts": [{"text", "negative", "metadata"}, ...]}, one
-prompt an image; a video is a list of its frames' PNGs. The answer has status 200 and {"score": [number, ...]}, one
+prompt an image; a video is a list of its frames' PNGs. The image or video that a sample is made from stands beside the
+text of its prompt, as "image" or "video" in the same form. The answer has status 200 and {"score": [number, ...]}, one
 number an image, `null` for "I cannot tell"; every other key is a detail for the log, of the same length.
 
     rewards:
@@ -124,7 +125,11 @@ def _token(variable: str) -> str:
 
 
 def _request(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
-    asked = [{"text": p.text, "negative": p.negative, "metadata": dict(p.metadata)} for p in prompts]
+    asked = [
+        {"text": p.text, "negative": p.negative, "metadata": dict(p.metadata)}
+        | {name: _png(shown) for name, shown in (("image", p.image), ("video", p.video)) if shown is not None}
+        for p in prompts
+    ]
     try:
         return json.dumps({"images": [_png(image) for image in images], "prompts": asked}).encode()
     except TypeError as error:

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Cond, Prompt
+from rlalign.prompts import stand_in
+from rlalign.types import Cond
 
-PROMPT = Prompt("a canary in a cage, watercolour")
+TEXT = "a canary in a cage, watercolour"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 """Of the relative RMS difference; 0 on equal machines.
 
@@ -43,7 +44,7 @@ class Canary:
         schedule, middle = policy.schedule(plan), plan.num_steps // 2
         time = schedule.time[middle].to(policy.device).expand(len(rows))
         if self.text is None:
-            self.text = policy.family.encode([PROMPT])
+            self.text = policy.family.encode([stand_in(TEXT, policy.size)])
         cond = {name: value[torch.zeros_like(rows)] for name, value in self.text[0].items()}
         with policy.using(variant):  # without guidance, which would amplify rounding
             return policy.predict(x, time, schedule.level(middle, x), cond, None, 1.0).velocity[0].cpu()

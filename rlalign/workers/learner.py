@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from rlalign import checkpoint
 from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.regularise import Regulariser
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
@@ -96,6 +98,7 @@ class Learner:
             policy.keep(name)
         if ema:
             policy.keep("ema")
+        self.regulariser = Regulariser(algorithm, policy)
 
     def update(
         self,
@@ -108,6 +111,7 @@ class Learner:
     ) -> dict[str, float]:
         """One step on a batch: advantages [P, G] in the order of the trajectories' groups. Returns metrics.
 
+        [P, G, 2] are advantages and what the penalty counts for in each sample.
         ``version`` is that of the weights being updated; the rows bring their own. Rows that are not ``valid`` [P, G]
         bool, whose reward failed, are left out altogether.
         One rank of several is told its share: ``turns`` [P] int64, the optimizer step that each group belongs to, -1
@@ -115,6 +119,9 @@ class Learner:
         Metrics are those of all ranks, on every rank.
         """
         batch = Trajectory.concat(trajectories)
+        if advantages.ndim == 3:
+            advantages, held = advantages.unbind(2)
+            batch = replace(batch, held=held.flatten())
         num_prompts, samples = advantages.shape
         turns = turns_of(num_prompts, self.updates_per_step) if turns is None else turns
         mine = (turns >= 0).repeat_interleave(samples)
@@ -129,8 +136,9 @@ class Learner:
             total = len(rows) if totals is None else totals[number]
             if total:
                 self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=number == 0)
-        everyone = Metrics.joined(self.group.gather(metrics))
-        return everyone.reduced() | self.algorithm.after_step(self.policy, self.updates)
+        reduced = Metrics.joined(self.group.gather(metrics)).reduced()
+        moved = self.algorithm.after_step(self.policy, self.updates)
+        return reduced | moved | self.regulariser.after_step(reduced.get("kl"))
 
     @torch.no_grad()
     def drift(self, trajectories: Sequence[Trajectory]) -> float:
@@ -267,10 +275,11 @@ class Learner:
 
     def state_dict(self) -> State:
         """Everything that the next update depends on, as copies on the CPU."""
-        return State({key: t.detach().cpu().clone() for key, t in self._tensors().items()}, {"updates": self.updates})
+        return State({key: t.detach().cpu().clone() for key, t in self._tensors().items()}, self._values())
 
     def load_state_dict(self, state: State) -> None:
         self.updates = state.values["updates"]
+        self.regulariser.load(state.values.get("regulariser", {}))
         for name in ("policy", *(name for name in self.policy.copies if name != "reference")):
             self.policy.load(name, state.part(name).tensors)
         moments = state.part("optimizer").tensors
@@ -280,7 +289,7 @@ class Learner:
 
     def save(self, folder: Path) -> Files:
         """Writes this rank's files of a checkpoint: its parts of sharded weights; else rank 0 writes everything."""
-        state = State(self._tensors(), {"updates": self.updates})
+        state = State(self._tensors(), self._values())
         if self.policy.sharded:
             return checkpoint.write_sharded(folder, LEARNER, state, self.group.rank)
         return checkpoint.write_part(folder, LEARNER, state) if self.group.rank == 0 else {}
@@ -294,6 +303,10 @@ class Learner:
                 names = [f"{name}/{key}" for name in ("policy", *self.policy.copies)]
                 like |= dict.fromkeys([*names, *moments], parameter.data)
         self.load_state_dict(checkpoint.read_part(folder, LEARNER, like))
+
+    def _values(self) -> dict[str, Any]:
+        regulariser = self.regulariser.state()
+        return {"updates": self.updates, **({"regulariser": regulariser} if regulariser else {})}
 
     def _tensors(self) -> dict[str, Tensor]:
         names = ["policy", *(name for name in self.policy.copies if name != "reference")]

@@ -3,20 +3,22 @@
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from rlalign.mdp.noise import Noise
-from rlalign.mdp.rollout import Chain
+from rlalign.mdp.rollout import Chain, in_micro_batches
+from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, RolloutConfig, Variant, draw_steps
+from rlalign.prompts import seen_by_model
 from rlalign.types import Cond, Prompt, Trajectory, Unit, joined_graphs
 from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
+from rlalign.workers.candidates import Tree, candidates
+from rlalign.workers.recordings import recorded
 from rlalign.workers.weights import Manifest
 
-T = TypeVar("T")
 Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
 MAX_ENCODED = 4096  # prompts whose embeddings are kept; text encoders are frozen
 
@@ -24,15 +26,23 @@ MAX_ENCODED = 4096  # prompts whose embeddings are kept; text encoders are froze
 class Sampler:
     """Plain class: owns (or shares) a policy. One call rolls out whole groups in fixed micro-batches."""
 
-    def __init__(self, policy: Policy, noise: Noise, sample_with: Variant, keep_steps: bool, shares: bool) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        noise: Noise,
+        sample_with: Variant,
+        keep_steps: bool,
+        shares: bool,
+        keep_uncond: bool = False,
+    ) -> None:
         self.policy = policy
         self.noise = noise
         self.sample_with: Variant = sample_with
-        self.keep_steps = keep_steps
+        self.keep_steps, self.keep_uncond = keep_steps, keep_uncond
         self.shares = shares  # the learner's own network: publishing is a version number
         self.version = 0 if shares else None
         self.canary, self.broadcast = Canary(policy, noise), Broadcast()
-        self.encoded: OrderedDict[tuple[str, str | None], tuple[Cond, Cond | None]] = OrderedDict()
+        self.encoded: OrderedDict[tuple[str, ...], tuple[Cond, Cond | None]] = OrderedDict()
 
     @torch.no_grad()
     def sample(
@@ -44,13 +54,17 @@ class Sampler:
     ) -> tuple[Trajectory, Tensor]:
         """The unit's trajectories and its pictures [B, (F,) 3, H, W] uint8.
 
+        With ``rollout.source: data`` they are recorded ones (recordings.py).
         With ``settings`` of its own (evaluation, pictures) every step is deterministic and nothing is kept.
-        ``initial`` [B, *L] replaces the addressed noise, to compare with other programs.
+        ``initial`` [B, *L] replaces the addressed noise, to compare with other programs. Where a step has candidates
+        (candidates.py) the pictures show what is expected of them, and a row of ``initial`` starts a chain.
         """
-        self._require_version()
+        version = self._require_version()
         plan, keep = settings or self.policy.settings, self.keep_steps and settings is None
+        if plan.source == "data" and settings is None:
+            return recorded(self.policy, unit, addresses(unit), *self._conditions(unit, plan), version)
         with self.policy.using(weights or self.sample_with):
-            latents = self.initial_noise(unit, plan) if initial is None else initial
+            latents = self.initial_noise(unit, plan, keep) if initial is None else initial
             trajectory = self._trajectory(unit, plan, keep, latents)
             return trajectory, self._pictures(trajectory.final)
 
@@ -95,27 +109,32 @@ class Sampler:
         if manifest.canary is not None:
             self.canary.check(manifest.canary, self.sample_with)
 
-    def initial_noise(self, unit: Unit, settings: RolloutConfig) -> Tensor:
-        """[B, *L] float32: the latents that the unit's rows start from."""
-        address = addresses(unit)
+    def initial_noise(self, unit: Unit, settings: RolloutConfig, keep: bool = False) -> Tensor:
+        """[B, *L] float32: the latents that the unit's rows start from; those of its chains when steps are kept."""
+        address = addresses(unit)[:: settings.chain_rows if keep else 1]
         if settings.init_noise == "shared":
             address = address * torch.tensor([1, 1, 0])
         return self.noise.normal(f"{unit.purpose}/initial", address, 0, self.policy.latent_shape)
 
     def _trajectory(self, unit: Unit, plan: RolloutConfig, keep: bool, initial: Tensor) -> Trajectory:
         policy, address, version = self.policy, addresses(unit), self._require_version()
-        cond, uncond = self._encode(unit.prompts)
-        if plan.guidance_scale == 1:
-            uncond = None
+        heads = address[:: plan.chain_rows if keep else 1]  # [C, 3], of the chains
+        chains_each = len(heads) // len(unit.groups)
+        cond, uncond = self._conditions(unit, plan)
         schedule = policy.schedule(plan)
         drawn = [draw_steps(plan, keep, self.noise, unit.step, group) for group in unit.groups]
         stochastic, kept = (torch.stack(part) for part in zip(*drawn, strict=True))
+        tree: Tree | None = None
+        if keep and plan.candidates:
+            kept_by_chain = kept.repeat_interleave(chains_each, 0)
+            tree = Tree.drawn(address, kept_by_chain, plan.candidates, self.noise, unit.purpose)
 
         def chain(rows: Tensor) -> Chain:
-            groups = rows // unit.samples
+            groups = rows // chains_each
 
             def noise(k: int) -> Tensor:
-                return self.noise.normal(f"{unit.purpose}/step", address[rows], k, policy.latent_shape)
+                whose = heads[rows] if tree is None else tree.followed(rows, k)
+                return self.noise.normal(f"{unit.purpose}/step", whose, k, policy.latent_shape)
 
             return policy.roll_out(
                 initial[rows].to(policy.device),
@@ -126,11 +145,12 @@ class Sampler:
                 kept[groups],
                 noise,
                 plan,
-                retain=keep and plan.retain,
+                retain=keep and bool(plan.retain),
+                gaussians=tree is not None,
             )
 
-        parts = in_micro_batches(chain, len(address), plan.micro_batch)
-        return Trajectory(
+        parts = in_micro_batches(chain, len(heads), plan.micro_batch)
+        chains = Trajectory(
             cond=cond,
             uncond=uncond,
             schedule=schedule,
@@ -139,11 +159,16 @@ class Sampler:
             x_next=torch.cat([part.x_next[:n] for part, n in parts]),
             log_probs=torch.cat([part.log_probs[:n] for part, n in parts]),
             final=torch.cat([part.final[:n] for part, n in parts]),
-            version=torch.full((len(address),), version),
-            address=address,
+            version=torch.full((len(heads),), version),
+            address=heads,
             prompts=unit.prompts,
             graphs=joined_graphs([(part.graphs, n) for part, n in parts]),
         )
+        if tree is None:
+            return chains
+        met = [(part.gaussians, n) for part, n in parts if part.gaussians is not None]
+        gaussians = Gaussian(torch.cat([g.mean[:n] for g, n in met]), torch.cat([g.std[:n] for g, n in met]))
+        return candidates(policy, self.noise, unit.purpose, chains, gaussians, tree, plan)
 
     def _pictures(self, final: Tensor) -> Tensor:
         def decode(rows: Tensor) -> Tensor:
@@ -153,16 +178,27 @@ class Sampler:
         parts = in_micro_batches(decode, len(final), self.policy.settings.micro_batch)
         return torch.cat([part[:n] for part, n in parts])
 
+    def _conditions(self, unit: Unit, plan: RolloutConfig) -> tuple[Cond, Cond | None]:
+        cond, uncond = self._encode(unit.prompts)
+        if uncond is None and (plan.guidance_scale != 1 or self.keep_uncond):
+            raise ValueError(
+                "this model has nothing to guide away from: set rollout.guidance_scale and evaluation.guidance_scale "
+                "to 1, model.guidance is what the net is told, and choose an algorithm without guidance of its own"
+            )
+        return cond, None if plan.guidance_scale == 1 and not self.keep_uncond else uncond
+
     def _encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
         """Embeddings [P, ...]; each prompt is encoded once, on its own, so that its numbers never depend on others."""
         encoded = [self._encode_one(prompt) for prompt in prompts]
+        if any(cond.keys() != encoded[0][0].keys() for cond, _ in encoded):
+            raise ValueError("some prompts have an image and some have none, which cannot be sampled together")
         cond = {name: torch.cat([c[name] for c, _ in encoded]) for name in encoded[0][0]}
         negatives = [u for _, u in encoded if u is not None]
         uncond = {name: torch.cat([u[name] for u in negatives]) for name in negatives[0]} if negatives else None
         return cond, uncond
 
     def _encode_one(self, prompt: Prompt) -> tuple[Cond, Cond | None]:
-        key = (prompt.text, prompt.negative)
+        key = seen_by_model(prompt)
         if key not in self.encoded:
             self.encoded[key] = self.policy.family.encode([replace(prompt, metadata={})])
             if len(self.encoded) > MAX_ENCODED:
@@ -175,15 +211,3 @@ def addresses(unit: Unit) -> Tensor:
     """[B, 3] int64: (step, group, sample) of every row."""
     rows = [(unit.step, group, sample) for group in unit.groups for sample in range(unit.samples)]
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def in_micro_batches(compute: Callable[[Tensor], T], num_rows: int, micro_batch: int) -> list[tuple[T, int]]:
-    """compute(rows [micro_batch]) for all rows, the tail padded with its last row; with each, how many rows are real.
-
-    A fixed shape is part of the numbers: the same rows in a batch of another size give other bits.
-    """
-    results: list[tuple[T, int]] = []
-    for start in range(0, num_rows, micro_batch):
-        rows = torch.arange(start, start + micro_batch).clamp(max=num_rows - 1)
-        results.append((compute(rows), min(micro_batch, num_rows - start)))
-    return results

@@ -13,6 +13,7 @@ from rlalign.algorithms.advantages import (
     advantage_aggr,
     batch,
     center,
+    diverse,
     extremes,
     flat,
     gdpo,
@@ -241,3 +242,45 @@ def test_failed_rewards_do_not_move_a_constraint_and_unknown_ones_are_refused():
     assert multipliers.values == {"legible": 0.0}
     with pytest.raises(ValueError, match="no reward with role train is called 'readable'"):
         Multipliers({"readable": 1.0}, rate=1.0).weighted(scores)
+
+
+# --- diversity
+
+
+def test_good_advantages_are_multiplied_by_their_distance():
+    """Over the group's mean distance, 2; bad ones and groups that are all alike stay as they are."""
+    advantages = torch.tensor([[2.0, 1.0, 0.0, -3.0], [1.0, 2.0, -1.0, -2.0]], dtype=torch.float64)
+    distances = torch.tensor([[3.0, 0.0, 1.0, 4.0], [0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+    assert close(diverse(advantages, distances, ALL), [[3.0, 0.0, 0.0, -3.0], [1.0, 2.0, -1.0, -2.0]])
+    some = torch.tensor([[True, True, True, False], [True] * 4])  # mean distance 4 / 3
+    assert close(diverse(advantages, distances, some)[:1], [[4.5, 0.0, 0.0, -3.0]])
+
+
+def test_distances_are_those_of_pixels_or_a_reward():
+    rewards, ones = torch.tensor([[1.0, 2.0, 3.0, 6.0]]), torch.ones(1, 4, dtype=torch.bool)
+    features = torch.tensor([[1.0, 1.0, 2.0, 4.0]])
+    entries = {
+        "first": RewardScores(rewards, ones, "train", 1.0),
+        "dino": RewardScores(features, ones, "train", 0.0),
+    }
+    scores = Scores(entries, nearest=torch.tensor([[1.0, 1.0, 1.0, 5.0]]))
+    plain = AdvantageSettings(advantage="center")
+    assert close(group_relative(scores, plain), [[-2, -1, 0, 3]])
+    for feature, expected in (("pixels", 5 / 2 * 3), ("dino", 4 / 2 * 3)):
+        settings = plain.model_copy(update={"diversity": feature, "adv_clip": 10.0})
+        assert close(group_relative(scores, settings), [[-2, -1, 0, expected]])
+    with pytest.raises(ValueError, match="no reward with role train is called 'clip'"):
+        group_relative(scores, plain.model_copy(update={"diversity": "clip"}))
+
+
+def test_a_reward_of_weight_0_is_not_on_the_pareto_front():
+    ones = torch.ones(1, 3, dtype=torch.bool)
+    first, other = torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[3.0, 0.0, 1.0]])
+    settings = AdvantageSettings(advantage="center", select="pareto")
+
+    def kept(weight: float) -> list[bool]:
+        entries = {"a": RewardScores(first, ones, "train", 1.0), "b": RewardScores(other, ones, "train", weight)}
+        return (group_relative(Scores(entries), settings) != 0).flatten().tolist()
+
+    assert kept(0.0) == [False, False, True]
+    assert kept(0.1) == [True, False, True]

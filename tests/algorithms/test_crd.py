@@ -1,13 +1,25 @@
 """CRD: the centred regression, where it rests, and its three sets of weights."""
 
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from rlalign.algorithms.crd import Algorithm, Config, Form, centred_loss, reward_adaptive
+from rlalign.algorithms.crd import PRESETS, Algorithm, Config, Form, centred_loss, reward_adaptive
+from rlalign.algorithms.forward import at_times
 from rlalign.mdp.noise import Noise
+from rlalign.models import analytic
+from rlalign.models.lora import full
+from rlalign.policy import Policy
+from rlalign.types import Trajectory
+from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.sampler import Sampler
+from tests.small import PROMPTS, rollout_config, sample
+from tests.test_loop import place as place
+from tests.test_loop import run
 
 from .chains import WEIGHT, weight
 from .gaussians import GRID, data, in_errors, moved, passes, tilted
@@ -125,3 +137,70 @@ def test_three_sets_of_weights():
 @pytest.mark.parametrize(("kl_weight", "expected"), [(0.0, 6), (0.1, 9)])
 def test_passes(kl_weight: float, expected: int, monkeypatch: pytest.MonkeyPatch):
     assert passes(tilted(0.0), Algorithm(Config(kl_weight=kl_weight, **GRID)), monkeypatch) == expected
+
+
+# --- the guided reference
+
+
+PROMPTED, UNPROMPTED = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])
+
+
+def guided(kl_guidance: float | None, guidance_scale: float = 1.0) -> tuple[Algorithm, Sampler, Learner]:
+    """On a mixture whose conditions weigh its components; the policy has left the reference."""
+    means, weights = [[0.0, 0.0], [2.0, 1.0]], {prompt.text: [1.0, 3.0] for prompt in PROMPTS}
+    config = analytic.Config(means=means, prompt_weights=weights)
+    family = analytic.Family.load(config, "", torch.float32, "cpu")
+    settings = rollout_config(guidance_scale=guidance_scale)
+    policy = Policy(family, settings, full(family.nets, ["velocity"]), lora=False)
+    algorithm = Algorithm(Config(kl_guidance=kl_guidance, reward_adaptive_kl=False))
+    learner = Learner(policy, algorithm, Noise(0), OptimizerConfig(), ema=None)
+    needs = algorithm.needs
+    sampler = Sampler(policy, Noise(0), "policy", needs.trajectory, shares=True, keep_uncond=needs.uncond)
+    return algorithm, sampler, learner
+
+
+def test_rollouts_without_guidance_are_held_to_a_reference_with_it():
+    """v_ref = v(x, no prompt) + 4.5 (v(x, prompt) - v(x, no prompt)) of the untrained net, put together by hand."""
+    algorithm, sampler, learner = guided(4.5)
+    policy = moved(learner.policy)
+    whole = Trajectory.concat(sample(sampler))
+    rows = whole.take(torch.arange(whole.num_rows))
+    assert rows.uncond is not None
+    net, noise = policy.family.nets["velocity"], Noise(0)
+    assert isinstance(net, analytic.Velocity)
+    losses = list(algorithm.losses(policy, rows, torch.zeros(whole.num_rows), noise))
+    for loss, at in zip(losses, at_times(algorithm.config, rows, noise), strict=True):
+        with torch.no_grad():
+            x = at.x.flatten(1)
+            positive, negative = (net.exact(x, at.t, weights.log()) for weights in (PROMPTED, UNPROMPTED))
+            own = net(x, at.t, PROMPTED.log())
+        reference = negative + 4.5 * (positive - negative)
+        assert (positive - negative).abs().max() > 0.1
+        torch.testing.assert_close(loss.means["kl"], (own - reference).square().mean(1), rtol=1e-5, atol=1e-6)
+
+
+def test_a_guided_reference_changes_no_sample():
+    finals = [Trajectory.concat(sample(guided(scale)[1])) for scale in (None, 4.5)]
+    assert torch.equal(finals[0].final, finals[1].final)
+    assert finals[0].uncond is None and finals[1].uncond is not None
+
+
+def test_negative_prompts_are_kept_only_where_they_are_asked_for():
+    assert not Algorithm(Config()).needs.uncond
+    assert not Algorithm(Config(kl_guidance=4.5, kl_weight=0.0)).needs.uncond
+    algorithm, sampler, learner = guided(4.5)
+    rows = Trajectory.concat(sample(sampler)).take(torch.arange(6))
+    with pytest.raises(ValueError, match="encodes no negative prompts"):
+        list(algorithm.losses(learner.policy, replace(rows, uncond=None), torch.zeros(6), Noise(0)))
+
+
+def test_the_preset_is_the_papers():
+    preset = PRESETS["crd_sd35"]
+    assert preset["rollout"]["guidance_scale"] == 1.0
+    config = Config(**preset["algorithm"])
+    assert (config.kl_guidance, config.kl_weight, config.beta) == (4.5, 0.1, 1.0)
+
+
+def test_a_run_file_can_ask_for_a_guided_reference(place: Path):
+    rows, _ = run(place, "run", algorithm="crd", algorithm__kl_guidance=4.5)
+    assert rows[-1]["kl"] > 0

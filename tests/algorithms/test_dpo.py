@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlalign.algorithms.base import Loss
-from rlalign.algorithms.dpo import Algorithm, Config
+from rlalign.algorithms.dpo import Algorithm, Config, levels_above
 from rlalign.algorithms.forward import Noised, at_times
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -94,6 +94,17 @@ def test_weighting_multiplies_the_errors(policy: Policy, batch: Trajectory):
     plain, weighted = (losses(policy, batch, beta=1.0, weighting=name) for name in ("uniform", "t2"))
     for at, one, two in zip(places(batch), plain, weighted, strict=True):
         assert torch.allclose(two.means["margin"], at.t.square() * one.means["margin"])
+
+
+def test_the_discount_shrinks_the_margin_with_every_noisier_level(policy: Policy, batch: Trajectory):
+    """On the grid at step k by γ^k; between two levels as at the cleaner one."""
+    grid = batch.schedule.sigma[:-1].double()
+    assert levels_above(batch, grid[[2, 0, 3]]).tolist() == [2, 0, 3]
+    assert levels_above(batch, (grid[1:] + grid[:-1]) / 2).tolist() == [1, 2, 3]
+    plain, discounted = losses(policy, batch, beta=3.0), losses(policy, batch, beta=3.0, discount=0.5)
+    for at, one, two in zip(places(batch), plain, discounted, strict=True):
+        k = (grid == at.t[:, None]).int().argmax(1)
+        assert torch.allclose(two.means["margin"], 0.5**k * one.means["margin"])
 
 
 def test_rows_outside_pairs_have_no_gradient(policy: Policy, batch: Trajectory):

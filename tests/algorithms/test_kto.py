@@ -29,6 +29,12 @@ def test_selected_samples_alone_get_one():
     assert Algorithm(Config(select="pareto")).advantages(scores_of(one, two)).tolist() == [[1, 1, -1, 0]]
 
 
+def test_recorded_thumbs_stand_for_themselves():
+    told = scores_of(torch.tensor([[1.0, 1.0, 1.0], [1.0, -1.0, 0.0]]))
+    assert Algorithm(Config(liked="positive")).advantages(told).tolist() == [[1, 1, 1], [1, -1, -1]]
+    assert Algorithm(Config()).advantages(told).tolist() == [[0, 0, 0], [1, -1, -1]]
+
+
 def test_the_reference_point_is_the_groups_mean_gain_if_that_is_positive():
     group, sign = torch.tensor([0, 0, 0, 1, 1]), torch.tensor([1.0, -1.0, 0.0, 1.0, -1.0])
     gain = torch.tensor([3.0, 1.0, 50.0, -4.0, 1.0], requires_grad=True)

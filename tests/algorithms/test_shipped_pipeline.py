@@ -19,12 +19,24 @@ SMALL = (
     "reporting.tensorboard=false",
 )
 
+FITTING = {"spo": ["rollout.window.size=1"]}  # four samples are the candidates of one step
+
 
 @pytest.mark.parametrize("name", plugins.names("algorithm"))
 def test_it_trains_the_shipped_pipeline(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     without_pages(monkeypatch)
     run = tmp_path / "run"
-    words = ["train", "quickstart", f"algorithm={name}", *SMALL, "--steps", "1", "--run-dir", str(run)]
+    words = [
+        "train",
+        "quickstart",
+        f"algorithm={name}",
+        *SMALL,
+        *FITTING.get(name, []),
+        "--steps",
+        "1",
+        "--run-dir",
+        str(run),
+    ]
     assert cli.run(words) == 0
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 1 and all(row["grad_norm"] > 0 for row in rows)

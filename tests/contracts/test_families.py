@@ -8,17 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from rlalign.models.base import Family
 from rlalign.models.lora import LoraConfig, attach, full, reference_weights, save_lora
 from rlalign.plugins import names
 from rlalign.policy import Policy
 from rlalign.settings import Settings
-from rlalign.types import Prompt, Size
+from rlalign.types import Size
 from tests.contracts.families import FAMILIES, Case, Plain, ode, rollout_settings
 from tests.test_architecture import code_lines
 
-PROMPTS = [Prompt("red cat"), Prompt("two", negative="blue")]
 GUIDANCE = (1.0, 4.5)
 
 
@@ -51,7 +51,7 @@ def family(case: Case, folder: Path) -> Family:
 @pytest.fixture
 def inputs(case: Case, family: Family) -> dict[str, Any]:
     """Arguments of predict: two rows, one a prompt, at two times."""
-    cond, _ = family.encode(PROMPTS)
+    cond, _ = family.encode(case.prompts)
     x = noise(2, *family.latent_shape(case.size)).to(case.dtype)
     return {"x": x, "time": torch.tensor([900.0, 300.0]), "cond": cond, "size": case.size}
 
@@ -89,13 +89,14 @@ def test_everything_is_frozen(family: Family):
 
 
 def test_encode(case: Case, family: Family):
-    cond, uncond = family.encode(PROMPTS)
-    assert uncond is not None and cond.keys() == uncond.keys()
-    for name, tensor in cond.items():
-        assert tensor.shape == uncond[name].shape and len(tensor) == 2
-        assert tensor.dtype == case.dtype and not tensor.requires_grad
+    cond, uncond = family.encode(case.prompts)
+    assert (uncond is not None) == case.guided
+    assert uncond is None or {n: t.shape for n, t in uncond.items()} == {n: t.shape for n, t in cond.items()}
+    for tensor in cond.values():
+        assert len(tensor) == 2
+        assert tensor.dtype in (case.dtype, torch.bool) and not tensor.requires_grad
         assert not torch.equal(tensor[0], tensor[1])
-    for row, prompt in enumerate(PROMPTS):  # a prompt's numbers are its own
+    for row, prompt in enumerate(case.prompts):  # a prompt's numbers are its own
         alone, _ = family.encode([prompt])
         for name, tensor in cond.items():
             torch.testing.assert_close(alone[name][0], tensor[row])
@@ -118,14 +119,15 @@ def test_rows_are_independent(family: Family, inputs: dict[str, Any]):
 
 
 def test_guide(family: Family):
-    positive, negative = noise(2, 3), noise(2, 3, seed=1)
+    positive, negative = normalize(noise(2, 3)), normalize(noise(2, 3, seed=1))  # some guidance keeps lengths
     torch.testing.assert_close(family.guide(positive, negative, 1.0), positive)
     torch.testing.assert_close(family.guide(positive, negative, 0.0), negative)
 
 
 def test_decode(case: Case, family: Family):
     pixels = family.decode(noise(2, *family.latent_shape(case.size)).to(case.dtype), case.size)
-    assert pixels.shape == (2, 3, *case.size[:2])
+    film = () if case.size.frames == 1 else (case.size.frames,)
+    assert pixels.shape == (2, *film, 3, *case.size[:2])
     assert pixels.is_floating_point() and pixels.min() >= 0 and pixels.max() <= 1
     assert pixels[0].std() > 0
 
@@ -145,20 +147,23 @@ def test_sizes_that_cannot_be_made_are_refused(family: Family):
 
 @pytest.mark.parametrize("steps", [1, 4, 10])
 def test_schedule_is_the_library_s_table(case: Case, family: Family, plain: Plain, steps: int):
+    if steps < case.least_steps:
+        with pytest.raises(ValueError, match=f"num_steps {steps}"):
+            family.schedule(steps, case.size)
+        return
     schedule = family.schedule(steps, case.size)
     sigmas, times = plain.table(steps)
     torch.testing.assert_close(schedule.sigma, sigmas, rtol=0, atol=0, check_dtype=False)
     torch.testing.assert_close(schedule.time[:-1], times, rtol=0, atol=0, check_dtype=False)
-    torch.testing.assert_close(schedule.alpha, 1 - sigmas, check_dtype=False)
-    assert schedule.num_steps == steps and schedule.sigma[-1] == 0
+    alphas = (1 - sigmas.square()).sqrt() if case.vp else 1 - sigmas
+    torch.testing.assert_close(schedule.alpha, alphas, check_dtype=False)
+    assert schedule.num_steps == steps and (case.vp or schedule.sigma[-1] == 0)
 
 
 def test_gradient_reaches_the_adapters_alone(family: Family, inputs: dict[str, Any]):
     parameters = with_lora(family)
     family.predict(**inputs).square().mean().backward()
-    gradients = [p.grad for p in parameters.values() if p.grad is not None]
-    assert len(gradients) == len(parameters)
-    reached = sum(bool(gradient.any()) for gradient in gradients)
+    reached = sum(p.grad is not None and bool(p.grad.any()) for p in parameters.values())
     assert reached >= 0.9 * len(parameters)  # SD3's last block throws its text away, and so the query of its text
     trained = {id(p) for p in parameters.values()}
     rest = [p for net in family.nets.values() for p in net.parameters() if id(p) not in trained]
@@ -195,8 +200,8 @@ def test_rollout_equals_the_library_s_picture(case: Case, folder: Path, family: 
     latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
     settings = rollout_settings(case, guidance_scale=guidance)
     with policy.using("reference"):
-        mine = ode(policy, PROMPTS, latents, settings)
-    expected = plain.draw(PROMPTS, latents, settings.num_steps, guidance)
+        mine = ode(policy, case.prompts, latents, settings)
+    expected = plain.draw(case.prompts, latents, settings.num_steps, guidance)
     assert expected.std() > 0.01
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
 
@@ -206,24 +211,24 @@ def test_exported_adapters_draw_the_same_picture(case: Case, folder: Path, tmp_p
     family = case.load(folder)
     policy = tuned(case, family)
     latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
-    mine = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=guidance))
+    mine = ode(policy, case.prompts, latents, rollout_settings(case, guidance_scale=guidance))
     save_lora(family.nets, tmp_path, policy.weights("policy"))
     library, base = case.plain(folder), case.plain(folder)
     library.load_lora(tmp_path)
-    expected = library.draw(PROMPTS, latents, 4, guidance)
+    expected = library.draw(case.prompts, latents, 4, guidance)
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
-    assert not torch.allclose(mine, base.draw(PROMPTS, latents, 4, guidance), atol=1e-3)
+    assert not torch.allclose(mine, base.draw(case.prompts, latents, 4, guidance), atol=1e-3)
 
 
 def test_exported_pipeline_draws_the_same_picture(case: Case, folder: Path, tmp_path: Path):
     family = case.load(folder)
     policy = tuned(case, family)
     latents = noise(2, *family.latent_shape(case.size)).to(case.dtype)
-    mine = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=4.5))
+    mine = ode(policy, case.prompts, latents, rollout_settings(case, guidance_scale=4.5))
     family.save_pipeline(tmp_path / "out")
-    expected = case.plain(tmp_path / "out").draw(PROMPTS, latents, 4, 4.5)
+    expected = case.plain(tmp_path / "out").draw(case.prompts, latents, 4, 4.5)
     torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-5, check_dtype=False)
-    after = ode(policy, PROMPTS, latents, rollout_settings(case, guidance_scale=4.5))
+    after = ode(policy, case.prompts, latents, rollout_settings(case, guidance_scale=4.5))
     torch.testing.assert_close(after, mine, rtol=0, atol=0)  # writing changed nothing
 
 

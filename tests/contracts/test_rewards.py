@@ -16,11 +16,16 @@ CATALOGUE = sorted(Path(rlalign_rewards.__file__).parent.glob("[!_]*.py"))
 MAY_KNOW = ("rlalign.types", "rlalign.scoring", "rlalign_rewards")
 SAMPLES = 4
 
-# One that suits every reward: what composition reads, what ocr reads.
+# One that suits every reward: what composition reads, what ocr reads, what recorded reads.
 PROMPTS = tuple(
     Prompt(
         f'a red circle and the text "{text}"',
-        metadata={"tag": "colors", "include": [{"class": "circle", "count": 1, "color": "red"}], "text": text},
+        metadata={
+            "tag": "colors",
+            "include": [{"class": "circle", "count": 1, "color": "red"}],
+            "text": text,
+            "scores": [1, 0, 0.5, 0],
+        },
     )
     for text in ("42", "CAT", "995")
 )

@@ -7,7 +7,7 @@ from rlalign.evaluation.heldout import EvaluationConfig, evaluate, spread, summa
 from rlalign.prompts import PromptSet
 from rlalign.runtime.local import LocalPool
 from rlalign.types import Prompt, RewardScores, Scores, Unit
-from rlalign.workers.scorer import group_distance
+from rlalign.workers.scorer import group_distance, nearest, pixel_distances
 from tests.small import algorithm, rollout_config, workers
 
 
@@ -17,7 +17,7 @@ class Brightness:
     def score(self, images: torch.Tensor, unit: Unit, roles: tuple[str, ...]) -> Scores:
         values = images[:, 0, 0, 0].float().reshape(len(unit.prompts), unit.samples)
         reward = RewardScores(values, torch.ones_like(values, dtype=torch.bool), "train", 1.0)
-        return Scores({"first": reward}, distance=group_distance(images, unit.samples))
+        return Scores({"first": reward}, distance=group_distance(pixel_distances(images, unit.samples)))
 
 
 def test_evaluation_is_the_same_whenever_it_is_asked_for_and_shows_what_it_judged() -> None:
@@ -54,5 +54,7 @@ def test_shown_prompts_are_spread_evenly(number: int, places: tuple[int, ...]) -
 
 def test_group_distance_is_the_mean_pairwise_rms() -> None:
     images = torch.tensor([0, 255, 0], dtype=torch.uint8).reshape(3, 1, 1, 1).expand(3, 3, 4, 4)
-    assert group_distance(images, 3).tolist() == pytest.approx([2 / 3])  # pairs 1, 0, 1
-    assert group_distance(images[:1], 1).tolist() == [0.0]
+    assert group_distance(pixel_distances(images, 3)).tolist() == pytest.approx([2 / 3])  # pairs 1, 0, 1
+    assert nearest(pixel_distances(images, 3)).tolist() == [pytest.approx([0.0, 1.0, 0.0])]
+    alone = pixel_distances(images[:1], 1)
+    assert (group_distance(alone).tolist(), nearest(alone).tolist()) == ([0.0], [[0.0]])

@@ -1,9 +1,15 @@
-"""How many seeds; where the environment says how many, also a table of what was measured at the end of the run."""
+"""How many seeds; where RLALIGN_EXACT_SEEDS says how many, also what was measured, at the end of the run, and with
+RLALIGN_EXACT_TABLE as a table in that file.
+"""
 
 import os
-from collections.abc import Callable
+import platform
+from collections.abc import Callable, Iterable, Sequence
+from datetime import date
+from pathlib import Path
 
 import pytest
+import torch
 
 SEEDS = int(os.environ.get("RLALIGN_EXACT_SEEDS", "1"))
 
@@ -35,14 +41,59 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[..., No
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if "RLALIGN_EXACT_SEEDS" not in os.environ:
         return
-    lines: list[str] = []
-    for outcome in ("passed", "failed"):
-        for report in terminalreporter.getreports(outcome):
-            found = [(key, value) for key, value in getattr(report, "user_properties", ()) if key.startswith("exact ")]
-            if found:
-                numbers = "  ".join(f"{key.removeprefix('exact ')} {value}" for key, value in found)
-                lines.append(f"{outcome} {report.duration:5.1f} s  {report.nodeid.split('exact/')[-1]}: {numbers}")
-    if lines:
-        terminalreporter.section(f"exact ladder, {SEEDS} seed{'s' * (SEEDS > 1)}", sep="-")
-        for line in sorted(lines):
-            terminalreporter.line(line)
+    rows = [
+        (report.nodeid.split("exact/")[-1], outcome, report.duration, by_name(report.user_properties))
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.getreports(outcome)
+        if report.when == "call" and "tests/exact/" in report.nodeid
+    ]
+    if not rows:
+        return
+    terminalreporter.section(f"exact ladder, {SEEDS} seed{'s' * (SEEDS > 1)}", sep="-")
+    for test, outcome, seconds, numbers in sorted(rows):
+        if numbers:
+            said = "  ".join(f"{name} {' '.join(values)}" for name, values in numbers.items())
+            terminalreporter.line(f"{outcome} {seconds:5.1f} s  {test}: {said}")
+    if path := os.environ.get("RLALIGN_EXACT_TABLE"):
+        Path(path).write_text(table(sorted(rows)))
+        terminalreporter.line(f"written to {path}")
+
+
+Row = tuple[str, str, float, dict[str, list[str]]]
+"""Test, outcome, seconds, and what it measured: one value a seed, or one for all of them."""
+
+
+def by_name(properties: Iterable[tuple[str, object]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for name, value in properties:
+        if name.startswith("exact "):
+            found.setdefault(name.removeprefix("exact "), []).append(str(value))
+    return found
+
+
+def table(rows: Sequence[Row]) -> str:
+    """In Markdown. Tests that measure nothing, but decide, are counted alone."""
+    measured, seconds = [row for row in rows if row[3]], sum(row[2] for row in rows)
+    failed = sum(row[1] == "failed" for row in rows)
+    lines = [
+        f"# The exact ladder, {SEEDS} seed{'s' * (SEEDS > 1)}",
+        "",
+        f"`make exact`, {date.today():%d %B %Y}, {machine()}, torch {torch.__version__}: {len(rows) - failed} tests "
+        f"passed, {failed} failed, {seconds:.0f} seconds of tests in all. What the numbers mean: `docs/exact.md`. "
+        "Several values are those of the seeds, in order.",
+        "",
+        "| test | outcome | seconds | measured |",
+        "|---|---|---|---|",
+    ]
+    for test, outcome, took, numbers in measured:
+        said = " · ".join(f"{name} {', '.join(values)}" for name, values in numbers.items())
+        lines.append(f"| `{test.replace('|', '/')}` | {outcome} | {took:.1f} | {said} |")
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Name of the processor, where the system tells it."""
+    told = Path("/proc/cpuinfo")
+    lines = told.read_text().splitlines() if told.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{len(names)} × {names[0]}" if names else platform.machine()

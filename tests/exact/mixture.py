@@ -52,11 +52,11 @@ class Family:
 
     prediction = "velocity"
 
-    def __init__(self, net: Velocity) -> None:
-        self.net, self.nets = net, {"velocity": net}
+    def __init__(self, net: nn.Module, dim: int) -> None:
+        self.net, self.dim, self.nets = net, dim, {"velocity": net}
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
-        return (self.net.means.shape[1],)
+        return (self.dim,)
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         sigma = plain_sigmas(steps, SHIFT)
@@ -69,7 +69,7 @@ class Family:
 def make_policy(weights: list[float], means: list[list[float]], std: float, num_steps: int = 24) -> Policy:
     net = Velocity(torch.tensor(weights).double().log(), torch.tensor(means).double(), std)
     settings = RolloutConfig(size=(1, len(means[0])), num_steps=num_steps, solver="dpmpp_2m", kernel="ddim")
-    policy = Policy(Family(net), settings, {THETA: net.theta}, lora=False)  # pyright: ignore[reportArgumentType]
+    policy = Policy(Family(net, len(means[0])), settings, {THETA: net.theta}, lora=False)  # pyright: ignore[reportArgumentType]
     policy.keep("old")
     return policy
 
@@ -81,11 +81,17 @@ def components(policy: Policy) -> tuple[Tensor, Tensor]:
 
 
 def sample(policy: Policy, rows: int, samples: int, generator: torch.Generator, cond: Cond | None = None) -> Trajectory:
+    return sample_from(
+        policy, torch.randn(rows, *policy.latent_shape, generator=generator, dtype=torch.float64), samples, cond
+    )
+
+
+def sample_from(policy: Policy, start: Tensor, samples: int, cond: Cond | None = None) -> Trajectory:
     """Deterministic rollouts, nothing kept, in groups that differ in nothing but their address."""
+    rows = len(start)
     schedule, cond = policy.schedule(policy.settings), cond or {"none": torch.zeros(rows, 0)}
     kept = torch.zeros(rows, 0, dtype=torch.int64)
     stochastic = torch.zeros(rows, schedule.num_steps, dtype=torch.bool)
-    start = torch.randn(rows, *policy.latent_shape, generator=generator, dtype=torch.float64)
     chain = policy.roll_out(start, cond, None, schedule, stochastic, kept, lambda _: start, policy.settings)
     group = torch.arange(rows) // samples
     address = torch.stack([torch.zeros_like(group), group, torch.arange(rows) % samples], 1)

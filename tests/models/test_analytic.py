@@ -124,6 +124,7 @@ def test_latents_of_any_shape(shape: tuple[int, ...] | None):
     pixels = family.decode(x, Size(2, 3))
     assert pixels.shape == (4, 3, 2, 3)
     torch.testing.assert_close(numbers(pixels), x.flatten(1))
+    torch.testing.assert_close(family.encode_images(pixels, Size(2, 3)), x)
     torch.testing.assert_close(numbers(pixels.mul(255).round().to(torch.uint8)), x.flatten(1), atol=0.02, rtol=0)
 
 

@@ -48,6 +48,15 @@ def test_sizes(folder: Path):
             family.latent_shape(size)
 
 
+def test_images_are_encoded_as_diffusers_does(folder: Path):
+    family, pixels = load(folder), torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pipeline = family.pipeline
+    latents = family.encode_images(pixels, Size(16, 16))
+    mode = pipeline.vae.encode(pipeline.image_processor.preprocess(pixels)).latent_dist.mode()
+    torch.testing.assert_close(latents, (mode - 0.0609) * 1.5305)  # of the tiny VAE
+    assert latents.shape == (2, *family.latent_shape(Size(16, 16)))
+
+
 def test_dynamic_shifting_depends_on_the_size(tmp_path: Path):
     settings = {"use_dynamic_shifting": True, "base_image_seq_len": 4, "max_image_seq_len": 64}
     family = load(sd3_folder(tmp_path, scheduler=settings))

@@ -44,6 +44,14 @@ def test_a_fault_is_named(name: str, fault: dict[str, float], steps: int) -> Non
     assert steps == 1 or not last([HEALTHY | fault] * (steps - 1), watch())
 
 
+def test_ratios_of_a_first_update_do_not_hide_that_all_others_are_clipped() -> None:
+    """Fresh samples have ratios of 1 there, so of two updates at most half of the ratios can be clipped."""
+    rows = [HEALTHY | {"clip_fraction": 0.35}] * 5
+    two = Watch(WatchConfig(), clip_range=1e-4, eps=1e-15, heldout=(), updates=2)
+    assert not last(rows, watch()) and last(rows, two) == {"clip_saturation"}
+    assert not last([row | {"staleness": 1.0} for row in rows], Watch(WatchConfig(), 1e-4, 1e-15, (), updates=2))
+
+
 def test_a_tenfold_gradient_is_named_and_needs_a_history() -> None:
     assert last([HEALTHY] * 10 + [HEALTHY | {"grad_norm": 6.0}], watch()) == {"divergence"}
     assert not last([HEALTHY, HEALTHY | {"grad_norm": 6.0}], watch())

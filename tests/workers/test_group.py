@@ -59,12 +59,17 @@ def equal(ones: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
     return ones.keys() == others.keys() and all(torch.equal(ones[key], other) for key, other in others.items())
 
 
+MOVES: dict[str, Any] = {
+    "kl_weight": 0.1,
+    "penalty": {"reset_every": 1, "target": 1e-3, "gate": ["doubter"], "gate_share": 0.3},
+}
 CASES = {
     "full, uneven parts": Case(),
     "full, a part of nothing": Case(dims=1),
     "full, several optimizer steps": Case(updates=3, groups=7),
     "full, a rank without groups": Case(updates=2, groups=2),
     "full, nft": Case(algorithm="nft"),
+    "full, a penalty that moves": Case(algorithm="nft", settings=MOVES),
     "full SD3": Case(SD3, settings={"kl_weight": 0.1}, updates=2),
     "full SD3, nft": Case(SD3, algorithm="nft"),
     "adapters of SD3": Case(SD3, lora=True, updates=2),

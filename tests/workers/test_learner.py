@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlalign.algorithms import ddpo, grpo
 from rlalign.workers.learner import Diverged, EmaConfig, Learner
 from tests.small import algorithm, rollout_config, sample, scored, workers
 
@@ -125,32 +126,56 @@ def test_published_weights_are_copies() -> None:
     assert manifest.version == 1 and manifest.count == len(learner.policy.parameters)
 
 
-@pytest.mark.parametrize(
-    ("name", "bitwise", "micro_batch"), [("grpo", True, 6), ("grpo", False, 8), ("grpo", False, 5)]
-)
+ON_CHAINS = {"grpo": grpo.Config(), "is": ddpo.Config(), "sf": ddpo.Config(mode="sf")}
+
+
+def update_after(config: grpo.Config | ddpo.Config, **settings: Any) -> tuple[list[Tensor], int, bool]:
+    """The gradient of one update, how often a step was replayed, and whether anything was kept of the rollout."""
+    chosen = grpo.Algorithm(config) if isinstance(config, grpo.Config) else ddpo.Algorithm(config)
+    sampler, learner = workers(chosen, rollout_config(**settings))
+    found: list[Tensor] = []
+    optimizer: Any = learner.optimizer
+    optimizer.step = lambda: found.extend(p.grad.clone() for p in learner.policy.parameters.values())
+    trajectories = sample(sampler)
+    assert all(not trajectory.x_next.requires_grad for trajectory in trajectories)
+    replays: list[int] = []
+    again = learner.policy.replay
+    learner.policy.replay = lambda *given: (replays.append(1), again(*given))[1]
+    learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
+    return found, len(replays), all(trajectory.graphs for trajectory in trajectories)
+
+
+@pytest.mark.parametrize(("bitwise", "micro_batch"), [(True, 6), (False, 8), (False, 5)])
+@pytest.mark.parametrize("name", ON_CHAINS)
 def test_a_retained_graph_gives_the_gradient_of_the_replay(name: str, bitwise: bool, micro_batch: int) -> None:
     """To the bit where the learner's micro-batches are those of the rollout."""
-
-    def caught(retain: bool) -> list[Tensor]:
-        chosen = algorithm("grpo")
-        sampler, learner = workers(chosen, rollout_config(micro_batch=micro_batch, retain=retain))
-        found: list[Tensor] = []
-        optimizer: Any = learner.optimizer
-        optimizer.step = lambda: found.extend(p.grad.clone() for p in learner.policy.parameters.values())
-        trajectories = sample(sampler)
-        assert all(bool(trajectory.graphs) == retain for trajectory in trajectories)
-        assert all(not trajectory.x_next.requires_grad for trajectory in trajectories)
-        replays: list[int] = []
-        again = learner.policy.replay
-        learner.policy.replay = lambda *given: (replays.append(1), again(*given))[1]
-        learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
-        assert bool(replays) is not retain
-        return found
-
-    plain, retained = caught(False), caught(True)
+    plain, replays, kept = update_after(ON_CHAINS[name], micro_batch=micro_batch)
+    assert replays and not kept
+    retained, replays, kept = update_after(ON_CHAINS[name], micro_batch=micro_batch, retain=True)
+    assert not replays and kept
     assert any(gradient.any() for gradient in plain)
     for one, other in zip(plain, retained, strict=True):
         if bitwise:
             assert torch.equal(one, other)
-        cosine = torch.cosine_similarity(one.flatten().double(), other.flatten().double(), 0)
-        assert cosine > 0.9999
+        assert cosine(one, other) > 0.9999
+
+
+@pytest.mark.parametrize("micro_batch", [6, 8, 5, 1])
+@pytest.mark.parametrize("name", ON_CHAINS)
+def test_retained_gradients_of_rows_give_the_gradient_of_the_replay(name: str, micro_batch: int) -> None:
+    plain, _, _ = update_after(ON_CHAINS[name], micro_batch=micro_batch)
+    weighed, replays, kept = update_after(ON_CHAINS[name], micro_batch=micro_batch, retain="gradients")
+    assert not replays and kept
+    for one, other in zip(plain, weighed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+def test_steps_that_weigh_more_do_so_with_retained_gradients_too() -> None:
+    config = grpo.Config(step_weight="tempflow")
+    plain, weighed = (update_after(config, micro_batch=6, retain=retain)[0] for retain in (False, "gradients"))
+    for one, other in zip(plain, weighed, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+def cosine(one: Tensor, other: Tensor) -> float:
+    return float(torch.cosine_similarity(one.flatten().double(), other.flatten().double(), 0))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlalign.algorithms.regularise import weighed
 from rlalign.checkpoint import Files
 from rlalign.mdp.noise import Noise
 from rlalign.models import analytic
@@ -79,7 +80,9 @@ def update(learner: Learner, case: Case, step: int) -> dict[str, float]:
     valid = torch.ones_like(rewards, dtype=torch.bool)
     valid[0, 1] = False  # a reward failed
     texts = tuple(prompt.text for unit in units for prompt in unit.prompts)
-    advantages = learner.algorithm.advantages(Scores({"first": RewardScores(rewards, valid, "train", 1.0)}, texts))
+    values = {"first": (rewards, 1.0), "doubter": (-rewards, 0.0)}  # the second one for gates
+    scores = {name: RewardScores(value, valid, "train", weight) for name, (value, weight) in values.items()}
+    advantages, _ = weighed(learner.algorithm, Scores(scores, texts))
     batch = Batch(step, units, trajectories, [])
     return learner.update(*deal(batch, advantages, valid, learner.group.size, case.updates)[learner.group.rank])
 
