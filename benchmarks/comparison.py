@@ -8,18 +8,19 @@ finished are not run again. What is counted leaves evaluations out: rows that pa
 updates, rows of those that keep a graph for the backward pass, and CPU seconds from the first step to the last.
 The divergence is the same for all: path KL in nats of the trained policy from the base model, over the ten steps of
 Flow-SDE with a = 0.7 (all but the last stochastic), on 64 held-out samples.
-Writes table.md, curves.png and curves/NAME.png to --to.
+Writes table.md, results.json, curves.png and curves/NAME.png to --to; with --docs what the pages show, too.
 """
 
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -265,6 +266,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--to", type=Path, default=Path("runs/comparison"))
+    parser.add_argument("--docs", action="store_true", help="copy results and curves to docs/assets/comparison")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.one is not None:
@@ -277,9 +279,15 @@ def main() -> None:
     there = [run for run in asked if (folder_of(*run, chosen.to) / "counts.json").exists()]
     results = [read(name, seed, folder_of(name, seed, chosen.to)) for name, seed in there]
     (chosen.to / "table.md").write_text(table(results))
+    (chosen.to / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
     plot(results, chosen.to / "curves.png")
     for name in dict.fromkeys(result.name for result in results):
         plot(results, chosen.to / "curves" / f"{name.partition(' ')[0]}.png", name)
+    if chosen.docs:
+        pages = Path(__file__).parents[1] / "docs" / "assets" / "comparison"
+        shutil.copytree(chosen.to / "curves", pages, dirs_exist_ok=True)
+        for name in ("curves.png", "results.json"):
+            shutil.copy(chosen.to / name, pages)
     print(table(results))
 
 

@@ -6,10 +6,12 @@ A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is betwee
 import json
 import re
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import fmean
 from typing import Any, Literal, Union, get_args, get_origin
 
+from diffusers import DiffusionPipeline
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
@@ -19,6 +21,7 @@ from rlalign.checkpoint import CheckpointConfig
 from rlalign.config import ModelConfig, PromptsConfig, RunConfig
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
+from rlalign.models.base import classifier_free_guidance
 from rlalign.models.lora import LoraConfig
 from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
@@ -60,8 +63,60 @@ def filled(page: str) -> str:
 
 
 def table(name: str) -> str:
-    own = {"metrics": metrics, "prometheus": prometheus}
+    own = {"metrics": metrics, "prometheus": prometheus, "comparison": comparison}
+    own |= {"families": families, "family keys": family_keys}
+    if name.startswith("curve "):
+        return "\n".join(curve(name.removeprefix("curve ")))
     return "\n".join(own[name]() if name in own else keys(BLOCKS[name]))
+
+
+Run = dict[str, Any]
+
+
+def compared() -> dict[str, list[Run]]:
+    """Runs of `benchmarks/comparison.py` by row, the best first."""
+    found: dict[str, list[Run]] = {}
+    for run in json.loads((DOCS / "assets" / "comparison" / "results.json").read_text()):
+        found.setdefault(run["name"], []).append(run)
+    return dict(sorted(found.items(), key=lambda row: -_mean(row[1], lambda run: run["curve"][-1][1])))
+
+
+def comparison() -> Iterator[str]:
+    steps = [step for step, _ in next(iter(compared().values()))[0]["curve"]]
+    curve = " | ".join(f"{step} steps" for step in steps[1:])
+    yield f"| | seeds | before | {curve} | diversity | path KL, nats | network rows | with graph | CPU s |"
+    yield "|---" * (len(steps) + 7) + "|"
+    for name, runs in compared().items():
+        curve = " | ".join(f"{_mean(runs, lambda run, i=i: run['curve'][i][1]):.3f}" for i in range(len(steps)))
+        ends = [_mean(runs, lambda run, key=key: run[key]) for key in ("diversity", "path_kl", "cpu_s")]
+        rows = f"{runs[0]['rows']:,} | {runs[0]['with_graph']:,}"
+        yield f"| {name} | {len(runs)} | {curve} | {ends[0]:.2f} | {ends[1]:.3g} | {rows} | {ends[2]:.0f} |"
+
+
+def curve(name: str) -> Iterator[str]:
+    """A sentence and a picture of one row."""
+    runs = compared().get(name)
+    if runs is None:
+        yield f"Not run yet: `python benchmarks/comparison.py --only {name}`."
+        return
+    steps = runs[0]["curve"][-1][0]
+    first, last = (_mean(runs, lambda run, i=i: run["curve"][i][1]) for i in (0, -1))
+    kl, diversity = (_mean(runs, lambda run, key=key: run[key]) for key in ("path_kl", "diversity"))
+    yield (
+        f"{steps} steps of {runs[0]['images'] // steps} images, {_seeds(len(runs))}: held-out composition accuracy"
+        f" {first:.3f} → {last:.3f}, {kl:.3g} nats from the base model, diversity {diversity:.2f},"
+        f" {runs[0]['rows']:,} rows through the network. [All algorithms side by side](../comparison.md)."
+    )
+    yield ""
+    yield f"![{name} among the others](../assets/comparison/{name.partition(' ')[0]}.png)"
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"the mean of {count} seeds"
+
+
+def _mean(runs: list[Run], value: Callable[[Run], float]) -> float:
+    return fmean(value(run) for run in runs)
 
 
 def metrics() -> Iterator[str]:
@@ -76,6 +131,37 @@ def prometheus() -> Iterator[str]:
     for name, one in EXPORTED.items():
         labels = ", ".join(_code(label) for label in ("run", one.label) if label)
         yield f"| {_code(prometheus_name(name))} | {labels} | {_code(one.row)} | {_cell(one.meaning)} |"
+
+
+def families() -> Iterator[str]:
+    """One row a file: its first sentence, and what its class says about itself."""
+    yield "| family | model | pipeline of diffusers | the net predicts | guidance | LoRA on |"
+    yield "|---|---|---|---|---|---|"
+    for name in plugins.names("model"):
+        module = plugins.load("model", name)
+        about, family = (module.__doc__ or "").partition("\n")[0], module.Family
+        classes = [one for one in vars(module).values() if isinstance(one, type) and issubclass(one, DiffusionPipeline)]
+        pipelines = [one.__name__ for one in classes if one is not DiffusionPipeline or len(classes) == 1]
+        targets = dict.fromkeys(re.sub(r"blocks\.\d+\.", "blocks.*.", target) for target in family.lora_targets)
+        plain = family.guide is classifier_free_guidance
+        cells = (
+            _code(name),
+            _cell(about),
+            ", ".join(map(_code, pipelines)) or "none",
+            vars(family).get("prediction", "what its scheduler says"),
+            "classifier-free" if plain else _cell((family.guide.__doc__ or "").partition("\n")[0]),
+            ", ".join(map(_code, targets)),
+        )
+        yield f"| {' | '.join(cells)} |"
+
+
+def family_keys() -> Iterator[str]:
+    """The keys of all families that have some."""
+    yield "| family | key | values | default | meaning |"
+    yield "|---|---|---|---|---|"
+    for name in plugins.names("model"):
+        rows = [*keys(plugins.load("model", name).Config)][2:]
+        yield from (f"| {_code(name)} {row}" for row in rows)
 
 
 def keys(block: type[BaseModel]) -> Iterator[str]:

@@ -65,7 +65,13 @@ class Thing:
 
 
 def composition(images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-    """1 where the picture shows the asked objects and nothing else, 0 elsewhere. images: uint8 [B, 3, H, W]."""
+    """1 where the picture shows the asked objects and nothing else, 0 elsewhere. images: uint8 [B, 3, H, W]
+
+    Score: 0 or 1, its mean the accuracy; the details task/... split it by GenEval's six tasks. The prompt's metadata
+    holds `tag` and `include` as in GenEval (https://arxiv.org/abs/2310.11513), with the zoo's shapes as classes.
+    Known hacks: none found on the zoo's own pictures. It reads flat shapes of seven inks on light paper and is blind to
+    everything else: photographs score 0, texture within a shape does not count.
+    """
     includes = _includes(prompts)
     scenes = read_scenes(images)
     score = torch.tensor([float(shows(*pair)) for pair in zip(scenes, includes, strict=True)])  # [B]

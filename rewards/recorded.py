@@ -12,7 +12,12 @@ from rlalign.types import Prompt
 @of_recordings
 @groupwise
 def recorded(images: Tensor, prompts: Sequence[Prompt], key: str = "scores") -> list[float]:
-    """The numbers in each prompt's metadata under `key`, one for each of its images in their order."""
+    """The numbers in each prompt's metadata under `key`, one for each of its images in their order.
+
+    Score: whatever was recorded, on its own scale; asked of the images of `rollout.source: data` alone.
+    Known hacks: none, since no picture of the model is scored.
+    Options: key.
+    """
     return [score for _, rows in groupby(prompts, id) for score in _scores(list(rows), key)]
 
 

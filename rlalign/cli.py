@@ -198,6 +198,30 @@ def report(
     return report(run, trace or to is not None, to)
 
 
+@app.command("serve-reward", epilog="Example: rlalign serve-reward my_rewards.py:Beauty device=cuda --workers 2")
+def serve_reward(
+    name: Annotated[str, typer.Argument(help="A reward's short name, module:function or path/to/file.py:function.")],
+    options: Annotated[list[str] | None, typer.Argument(metavar="[OPTION=VALUE]...", help="Of the reward.")] = None,
+    host: Annotated[str, typer.Option(help="Wider than this machine only with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8470,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that hold the reward.")] = 1,
+    token_file: Annotated[Path | None, typer.Option(help="Made if missing; ~/.rlalign/reward_token if needed.")] = None,
+    gpus: Annotated[str | None, typer.Option(help="Dealt out to the workers in turn, as in 0,1,2.")] = None,
+    more: Annotated[
+        list[str] | None, typer.Option("--set", help="KEY=VALUE, as in batch_size=64; see the docs.")
+    ] = None,
+    venv: Annotated[Path | None, typer.Option(help="Run it in this environment, which is made if missing.")] = None,
+    pip: Annotated[
+        list[str] | None, typer.Option(help="Install there, as in 'transformers<5'; repeat for more.")
+    ] = None,
+) -> int:
+    """Run a reward as a service that runs elsewhere ask by URL: `- {use: http://HOST:PORT/NAME}`."""
+    from rlalign.commands.serve_reward import Wish, serve_reward
+
+    wish = Wish(name, options or [], host, port, workers, token_file, gpus, more or [], venv, pip or [])
+    return serve_reward(wish)
+
+
 @cluster.command("start", epilog="Examples: rlalign cluster start  |  rlalign cluster start --address 10.0.0.5:6379")
 def cluster_start(
     more: Annotated[

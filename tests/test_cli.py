@@ -25,7 +25,8 @@ from tests.tiny import sd3_folder
 
 Capture = pytest.CaptureFixture[str]
 GROUPS = ["rewards", "models", "algorithms", "cluster"]
-COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "record", "export", "report", *GROUPS]
+COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "record", "export", "report"]
+COMMANDS += ["serve-reward", *GROUPS]
 
 
 @pytest.fixture(autouse=True)
@@ -69,7 +70,7 @@ def test_help_does_not_wait_for_torch():
 
 
 def test_every_command_has_help():
-    named = {command.callback.__name__ for command in cli.app.registered_commands if command.callback}
+    named = {command.name or command.callback.__name__ for command in cli.app.registered_commands if command.callback}
     assert named | set(GROUPS) == set(COMMANDS)
 
 

@@ -35,6 +35,7 @@ def in_training() -> Iterator[None]:
     """While the loop runs: a reward's failure, diverged weights, and what the disk or the GPU refuses."""
     import torch
 
+    from rlalign.models.base import Unusable
     from rlalign.runtime.pool import WorkerFailure
     from rlalign.scoring import RewardError
     from rlalign.workers.canary import Mismatch
@@ -42,7 +43,7 @@ def in_training() -> Iterator[None]:
 
     try:
         yield
-    except (RewardError, WorkerFailure, Mismatch) as error:
+    except (RewardError, WorkerFailure, Mismatch, Unusable) as error:
         raise BadInput(_one_line(error)) from error
     except Diverged as error:
         raise BadInput(f"{_one_line(error)}; go on from the last checkpoint with a lower optimizer.lr") from error

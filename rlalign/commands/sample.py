@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rlalign import runfile
 from rlalign.build import load_policy
-from rlalign.commands.problems import in_preparation
+from rlalign.commands.problems import in_preparation, in_training
 from rlalign.commands.runs import Trained, Weights, config_of, is_run, trained
 from rlalign.config import RunConfig, resolve
 from rlalign.files import in_words
@@ -61,7 +61,8 @@ def sample(wish: Wish) -> int:
         initial = sampler.initial_noise(unit, plan)
         if wish.latents_in:
             initial = _read_latents(wish.latents_in, initial.shape)
-    _, pictures = sampler.sample(unit, plan, model.weights if model else "policy", initial)
+    with in_training():
+        _, pictures = sampler.sample(unit, plan, model.weights if model else "policy", initial)
     with in_preparation():
         _save(wish, pictures, [prompt.text for prompt in prompts], initial)
     print(f"weights      {_described(model)}")

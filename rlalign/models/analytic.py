@@ -5,14 +5,13 @@ V_t = (1 - t)^2 S + t^2 I,  A_t = (t I - (1 - t) S) V_t^-1.  For a mixture, v = 
 r_i ~ w_i N(x; (1 - t) m_i, V_t,i). What trains is an affine residual that starts at 0: no error of pre-training at all.
 """
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import final
 
 import torch
 from pydantic import Field
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -120,7 +119,7 @@ class Family:
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
         dim, shape = self.net.means.shape[1], self.config.shape or (1, size.height, size.width)
-        if size.frames * size.height * size.width != dim or math.prod(shape) != dim:
+        if size.frames * size.height * size.width != dim or torch.Size(shape).numel() != dim:
             raise ValueError(f"size {list(size)} and shape {list(shape)} must hold the data's {dim} dimensions exactly")
         return shape
 
@@ -144,8 +143,7 @@ class Family:
 
     def save_pipeline(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        state = merged(self.nets)["velocity"].state_dict()
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / FILE)
+        save_model(merged(self.nets)["velocity"], str(folder / FILE))
 
 
 def numbers(images: Tensor) -> Tensor:

@@ -16,6 +16,10 @@ from rlalign.types import Cond, Prompt, Schedule, Size
 PredictionType = Literal["velocity", "epsilon", "sample", "v_prediction"]
 
 
+class Unusable(ValueError):
+    """A prompt or a setting of guidance that this model cannot make samples of; one sentence for the user."""
+
+
 class Family(Protocol):
     prediction: PredictionType
     lora_targets: tuple[str, ...]  # module names, as peft's target_modules

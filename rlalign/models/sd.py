@@ -1,4 +1,7 @@
-"""Stable Diffusion 1 and 2 (arXiv 2112.10752) through diffusers: a UNet on image latents, sampled by DDIM."""
+"""Stable Diffusion 1 and 2 (arXiv 2112.10752) through diffusers: a UNet on image latents, sampled by DDIM.
+
+Tried with tiny random weights only, against diffusers' own pipeline; never with the published ones.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +12,8 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from torch import Tensor, nn
 
 from rlalign.models.base import PredictionType, classifier_free_guidance
+from rlalign.models.flow_match import load_pipeline
+from rlalign.models.images import decoded, encoded, from_ddim, image_shape
 from rlalign.models.lora import freeze, merged
 from rlalign.settings import Settings
 from rlalign.types import Cond, Prompt, Schedule, Size
@@ -22,7 +27,7 @@ class Config(Settings):
 class Family:
     """One pipeline folder or Hub id, without safety checker. Everything is frozen until a policy says what trains."""
 
-    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    lora_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")  # as diffusers' scripts and ddpo-pytorch
     guide = staticmethod(classifier_free_guidance)
 
     def __init__(self, pipeline: StableDiffusionPipeline) -> None:
@@ -37,13 +42,7 @@ class Family:
     def load(config: Config, path: str, dtype: torch.dtype, device: torch.device | str) -> "Family":
         """The VAE stays in float32: its half-precision decoding is not worth the memory."""
         parts = {"safety_checker": None, "requires_safety_checker": False}
-        try:
-            pipeline = StableDiffusionPipeline.from_pretrained(
-                path, dtype={"vae": torch.float32, "default": dtype}, **parts
-            )
-        except (OSError, ValueError) as error:  # no such folder or id; parts missing
-            raise ValueError(f"no Stable Diffusion pipeline could be loaded from {path!r}: {error}") from error
-        return Family(pipeline.to(device))
+        return Family(load_pipeline(StableDiffusionPipeline, path, dtype, **parts).to(device))
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
@@ -54,19 +53,13 @@ class Family:
         return {"prompt_embeds": embeds}, {"prompt_embeds": uncond_embeds}
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:
-        factor = self.pipeline.vae_scale_factor
-        if size.frames != 1 or size.height % factor or size.width % factor:
-            raise ValueError(f"size {list(size)}: this model makes single images with sides divisible by {factor}")
-        return self.pipeline.unet.config.in_channels, size.height // factor, size.width // factor
+        return image_shape(size, self.pipeline.unet.config.in_channels, self.pipeline.vae_scale_factor)
 
     def schedule(self, steps: int, size: Size) -> Schedule:
         """DDIM's levels on the pipeline's table of training times, whatever scheduler the pipeline has itself."""
         scheduler = DDIMScheduler.from_config(self.pipeline.scheduler.config)
         scheduler.set_timesteps(steps)
-        table, times = scheduler.alphas_cumprod.double(), scheduler.timesteps
-        signal = torch.cat([table[times], scheduler.final_alpha_cumprod.double().reshape(1)])
-        time = torch.cat([times, times.new_zeros(1)]).float()
-        return Schedule(signal.sqrt().float(), (1 - signal).sqrt().float(), time, table.sqrt())
+        return from_ddim(scheduler)
 
     def predict(self, x: Tensor, time: Tensor, cond: Cond, size: Size) -> Tensor:
         """In terms of ``prediction`` [B, C, h, w]."""
@@ -74,15 +67,11 @@ class Family:
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         """[B, C, h, w] -> [B, 3, H, W] in [0, 1]."""
-        vae = self.pipeline.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor
-        return (vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipeline.vae, latents)
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C, h, w]: the mean of the VAE's posterior."""
-        vae = self.pipeline.vae
-        return vae.encode((2 * pixels - 1).to(vae.device, vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        return encoded(self.pipeline.vae, pixels)
 
     def save_pipeline(self, folder: Path) -> None:
         """A folder that plain diffusers loads, adapters added into the weights."""

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from rlalign.models.base import PredictionType, classifier_free_guidance
+from rlalign.models.images import decoded, encoded
 from rlalign.models.lora import freeze, merged
 from rlalign.settings import Settings
 from rlalign.types import Cond, Prompt, Schedule, Size
@@ -97,16 +98,11 @@ class Family:
 
     def decode(self, latents: Tensor, size: Size) -> Tensor:
         """[B, C, h, w] -> [B, 3, H, W] in [0, 1]."""
-        vae = self.pipeline.vae
-        scaled = latents.to(vae.dtype) / vae.config.scaling_factor + vae.config.shift_factor
-        return (vae.decode(scaled, return_dict=False)[0] / 2 + 0.5).clamp(0, 1)
+        return decoded(self.pipeline.vae, latents)
 
-    @torch.no_grad()
     def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
         """[B, 3, H, W] in [0, 1] -> [B, C, h, w]: the mean of the VAE's posterior."""
-        vae = self.pipeline.vae
-        mean = vae.encode((2 * pixels - 1).to(vae.device, vae.dtype)).latent_dist.mean
-        return (mean - vae.config.shift_factor) * vae.config.scaling_factor
+        return encoded(self.pipeline.vae, pixels)
 
     def save_pipeline(self, folder: Path) -> None:
         """A folder that plain diffusers loads, adapters added into the weights."""

@@ -100,7 +100,7 @@ class Caller:
                 return self._call(rows, chunk)
             except Exception as error:
                 self._count(error)
-                _log.warning("reward %r, try %d of %d: %s", self.config.name, attempt, num_tries, _in_words(error))
+                _log.warning("reward %r, try %d of %d: %s", self.config.name, attempt, num_tries, in_words(error))
                 if attempt == num_tries:
                     return error
             time.sleep(min(self.config.backoff_s * 2 ** (attempt - 1), _LONGEST_PAUSE_S))
@@ -137,7 +137,7 @@ class Caller:
 
     def _failed(self, error: Exception, rows: Rows, chunk: slice) -> str:
         which = f"{chunk.stop - chunk.start} pictures, the first of {rows.where(chunk.start)}"
-        return f"reward {self.config.name!r} failed on {which}: {_in_words(error)}"
+        return f"reward {self.config.name!r} failed on {which}: {in_words(error)}"
 
     def _not_finite(self, answer: Answer, rows: Rows, chunk: slice) -> str:
         """'' where every picture has its number. Others are the policy's affair, not the breaker's: it did answer."""
@@ -166,7 +166,7 @@ class Caller:
         )
 
 
-def _in_words(error: Exception) -> str:
+def in_words(error: Exception) -> str:
     """Our own complaint, or the last line of a reward's traceback and where it was raised."""
     if isinstance(error, CallFailed):
         return str(error)

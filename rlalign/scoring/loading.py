@@ -47,7 +47,7 @@ def _remote(config: RewardConfig) -> Reward:
         options = RemoteOptions(**config.options)
     except ValidationError as error:
         raise ValueError(_first_complaint(error)) from None
-    return Reward(config, RemoteReward(config.use, config.timeout_s, options))
+    return Reward(config, RemoteReward(config.use, config.timeout_s, options), groupwise=options.groupwise)
 
 
 def _first_complaint(error: ValidationError) -> str:

@@ -1,39 +1,42 @@
-"""A reward on another machine: pictures go as PNG in JSON over HTTP, numbers come back as JSON. Never pickle.
+"""A reward on another machine: pictures go over HTTP as PNG in JSON or as safetensors, numbers come back as JSON.
 
-The request is a POST with {"images": [PNG in base64, ...], "prompts": [{"text", "negative", "metadata"}, ...]}, one
-prompt an image; a video is a list of its frames' PNGs. The image or video that a sample is made from stands beside the
-text of its prompt, as "image" or "video" in the same form. The answer has status 200 and {"score": [number, ...]}, one
-number an image, `null` for "I cannot tell"; every other key is a detail for the log, of the same length.
+`rlalign serve-reward` is such a server, and any other will do that knows `rlalign.scoring.wire`: the request is a POST
+with {"schema": 1, "images": [PNG in base64, ...], "prompts": [{"text", "negative", "metadata"}, ...]}, one prompt an
+image; a video is a list of its frames' PNGs. The image or video that a sample is made from stands beside the text of
+its prompt, as "image" or "video" in the same form. The answer has status 200 and {"score": [number, ...]}, one number
+an image, `null` for "I cannot tell"; every other key is a detail for the log, of the same length.
 
     rewards:
       - {use: "https://scorer.example/beauty", batch_size: 16, options: {token_env: BEAUTY_TOKEN}}
 
 The token stands in an environment variable, never in the run file, and is sent as `Authorization: Bearer ...`; outside
 a network you trust use https, since a token over http can be read on the way. Redirects are not followed, proxies and
-.netrc are not consulted, and an answer over a size limit is refused. Equal requests carry equal `Idempotency-Key`s.
+.netrc are not consulted, and an answer over a size limit is refused. Equal requests carry equal `Idempotency-Key`s, so
+that a server can tell a call that is tried again from a new one. A server that answers 503 with `Retry-After` is asked
+again within the same call, as long as its time lasts.
 """
 
-import base64
 import hashlib
-import io
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 import httpx
-from PIL import Image
 from pydantic import Field
 from torch import Tensor
 
+from rlalign.scoring import wire
 from rlalign.scoring.call import CallFailed, TimedOut
 from rlalign.settings import Settings
 from rlalign.types import Prompt
 
-_QUOTED = 200  # characters of a server's complaint that are repeated
+Format = Literal["png", "safetensors"]
+
+_QUOTED = 300  # characters of a server's complaint that are repeated
 
 
 class RemoteOptions(Settings):
@@ -43,6 +46,10 @@ class RemoteOptions(Settings):
     """The environment variable that holds the bearer token."""
     max_response_mb: float = Field(default=4.0, gt=0)
     """A longer answer is refused."""
+    format: Format = "png"
+    """How pictures are sent: every server takes png; safetensors needs no packing, and `rlalign serve-reward`."""
+    groupwise: bool = False
+    """The reward there compares: it gets all pictures of one prompt, and nothing else, in a call."""
 
 
 class RemoteReward:
@@ -52,8 +59,9 @@ class RemoteReward:
         self._url = _checked(url)
         self._timeout_s = timeout_s
         self._max_bytes = int(options.max_response_mb * 1e6)
+        self._format: Format = options.format
         self._headers = {
-            "Content-Type": "application/json",
+            "Content-Type": wire.JSON if options.format == "png" else wire.SAFETENSORS,
             "Accept": "application/json",
             "Accept-Encoding": "identity",
         }
@@ -62,7 +70,7 @@ class RemoteReward:
         self._ssl = httpx.create_ssl_context()  # reading the certificates takes longer than a request
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Any]:
-        answer = self._post(_request(images, prompts))
+        answer = self._post(_request(images, prompts, self._format))
         try:
             parsed = json.loads(answer)
         except (ValueError, RecursionError):
@@ -75,17 +83,25 @@ class RemoteReward:
         headers = self._headers | {"Idempotency-Key": hashlib.sha256(body).hexdigest()}
         deadline = time.monotonic() + self._timeout_s
         try:
-            with (
-                httpx.Client(timeout=self._timeout_s, trust_env=False, verify=self._ssl) as client,
-                client.stream("POST", self._url, content=body, headers=headers, follow_redirects=False) as response,
-            ):
-                answer = self._read(response, deadline)
-                self._check_status(response, answer)
-                return answer
+            with httpx.Client(timeout=self._timeout_s, trust_env=False, verify=self._ssl) as client:
+                while True:
+                    response, answer = self._once(client, body, headers, deadline)
+                    pause = _pause(response)
+                    if pause is None or time.monotonic() + pause > deadline:
+                        break
+                    time.sleep(pause)
         except httpx.TimeoutException:
             raise TimedOut(f"{self._url} gave no answer within {self._timeout_s:g} s") from None
         except httpx.HTTPError as error:
             raise CallFailed(f"{self._url} cannot be asked: {type(error).__name__}: {error}") from None
+        self._check_status(response, answer)
+        return answer
+
+    def _once(
+        self, client: httpx.Client, body: bytes, headers: dict[str, str], deadline: float
+    ) -> tuple[httpx.Response, bytes]:
+        with client.stream("POST", self._url, content=body, headers=headers, follow_redirects=False) as response:
+            return response, self._read(response, deadline)
 
     def _read(self, response: httpx.Response, deadline: float) -> bytes:
         """The whole answer as it came, undecoded: a compressed one could unpack to any size."""
@@ -108,6 +124,12 @@ class RemoteReward:
             raise CallFailed(f"{self._url} answered {response.status_code} {response.reason_phrase}: {said}")
 
 
+def _pause(response: httpx.Response) -> float | None:
+    """Seconds after which a busy server wants to be asked again."""
+    after = response.headers.get("retry-after", "")
+    return float(after) if response.status_code == httpx.codes.SERVICE_UNAVAILABLE and after.isdecimal() else None
+
+
 def _checked(url: str) -> str:
     parts = urlsplit(url)
     if not parts.hostname:
@@ -124,25 +146,11 @@ def _token(variable: str) -> str:
     return token
 
 
-def _request(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
-    asked = [
-        {"text": p.text, "negative": p.negative, "metadata": dict(p.metadata)}
-        | {name: _png(shown) for name, shown in (("image", p.image), ("video", p.video)) if shown is not None}
-        for p in prompts
-    ]
+def _request(images: Tensor, prompts: Sequence[Prompt], format: Format = "png") -> bytes:
     try:
-        return json.dumps({"images": [_png(image) for image in images], "prompts": asked}).encode()
+        return (wire.as_json if format == "png" else wire.as_safetensors)(images, prompts)
     except TypeError as error:
         raise CallFailed(f"a prompt's metadata cannot be sent as JSON: {error}") from None
-
-
-def _png(image: Tensor) -> str | list[str]:
-    """[3, H, W] in base64, a video [F, 3, H, W] frame by frame."""
-    if image.ndim == 4:
-        return [str(_png(frame)) for frame in image]
-    file = io.BytesIO()
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, format="PNG", compress_level=1)
-    return base64.b64encode(file.getvalue()).decode("ascii")
 
 
 def _with_nan(value: Any) -> Any:

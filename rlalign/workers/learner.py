@@ -17,6 +17,7 @@ from rlalign.algorithms.regularise import Regulariser
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
+from rlalign.models.base import Unusable
 from rlalign.policy import Policy
 from rlalign.settings import Settings
 from rlalign.sharding import gathered
@@ -173,6 +174,11 @@ class Learner:
             for loss in self.algorithm.losses(
                 self.policy, sample, advantages[micro].to(self.policy.device), self.noise
             ):
+                if not loss.rows.requires_grad:
+                    raise Unusable(
+                        "the loss of some samples depends on no weight that trains: name all nets in model.train, or "
+                        "keep rollout.window.range to the steps of the one that trains"
+                    )
                 (loss.rows * weight).sum().div(total).backward(retain_graph=bool(batch.graphs))
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
         for graph in batch.graphs:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.rollout import Chain, in_micro_batches
 from rlalign.mdp.transition import Gaussian
+from rlalign.models.base import Unusable
 from rlalign.policy import Policy, RolloutConfig, Variant, draw_steps
 from rlalign.prompts import seen_by_model
 from rlalign.types import Cond, Prompt, Trajectory, Unit, joined_graphs
@@ -181,7 +182,7 @@ class Sampler:
     def _conditions(self, unit: Unit, plan: RolloutConfig) -> tuple[Cond, Cond | None]:
         cond, uncond = self._encode(unit.prompts)
         if uncond is None and (plan.guidance_scale != 1 or self.keep_uncond):
-            raise ValueError(
+            raise Unusable(
                 "this model has nothing to guide away from: set rollout.guidance_scale and evaluation.guidance_scale "
                 "to 1, model.guidance is what the net is told, and choose an algorithm without guidance of its own"
             )
@@ -191,7 +192,7 @@ class Sampler:
         """Embeddings [P, ...]; each prompt is encoded once, on its own, so that its numbers never depend on others."""
         encoded = [self._encode_one(prompt) for prompt in prompts]
         if any(cond.keys() != encoded[0][0].keys() for cond, _ in encoded):
-            raise ValueError("some prompts have an image and some have none, which cannot be sampled together")
+            raise Unusable("some prompts have an image and some have none, which cannot be sampled together")
         cond = {name: torch.cat([c[name] for c, _ in encoded]) for name in encoded[0][0]}
         negatives = [u for _, u in encoded if u is not None]
         uncond = {name: torch.cat([u[name] for u in negatives]) for name in negatives[0]} if negatives else None

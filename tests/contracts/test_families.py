@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +193,21 @@ def test_full_fine_tuning(family: Family, inputs: dict[str, Any]):
     family.predict(**inputs).square().mean().backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in parameters.values())
     assert {id(p) for p in parameters.values()} == {id(p) for n in family.nets.values() for p in n.parameters()}
+
+
+def test_half_precision(case: Case, folder: Path, family: Family, inputs: dict[str, Any]):
+    """bfloat16 weights and inputs give bfloat16 predictions that are near, and pictures in float32."""
+    if case.dtype == torch.float64:
+        pytest.skip("a family whose point is exactness")
+    half = replace(case, dtype=torch.bfloat16).load(folder)
+    cond, _ = half.encode(case.prompts)
+    assert all(tensor.dtype in (torch.bfloat16, torch.bool) for tensor in cond.values())
+    with torch.no_grad():
+        exact = family.predict(**inputs)
+        near = half.predict(**{**inputs, "x": inputs["x"].bfloat16(), "cond": cond})
+        assert near.dtype == torch.bfloat16
+        assert (near.float() - exact).norm() < 0.1 * exact.norm()
+        assert half.decode(near.float(), case.size).dtype == torch.float32
 
 
 @pytest.mark.parametrize("guidance", GUIDANCE)

@@ -194,5 +194,5 @@ def test_images_are_encoded_as_diffusers_does(policy: Policy):
 
 
 def test_a_folder_that_is_none_is_named(tmp_path: Path):
-    with pytest.raises(ValueError, match="no Stable Diffusion pipeline could be loaded from"):
+    with pytest.raises(ValueError, match="no StableDiffusionPipeline could be loaded from"):
         sd_policy(tmp_path)

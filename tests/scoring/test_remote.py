@@ -89,6 +89,7 @@ def test_pictures_go_as_png_and_numbers_come_back(server: Server, images: Tensor
     scores = remote(server).score(images, unit)
     assert torch.equal(scores.total, torch.arange(12.0).reshape(3, 4))
     assert torch.equal(scores.rewards["score"].details["twice"], 2 * scores.total)
+    assert server.asked[0]["schema"] == 1
     assert server.asked[0]["prompts"][4] == {"text": "cat 1", "negative": None, "metadata": {}}
 
 
@@ -160,6 +161,36 @@ def test_a_server_error_is_tried_again(server: Server, images: Tensor, unit: Uni
     engine = remote(server, retries=2)
     assert engine.score(images, unit).valid.all()
     assert engine.stats()["runtime/reward/score/errors"] == 2
+
+
+def test_a_busy_server_is_asked_again_within_the_same_call(server: Server, images: Tensor, unit: Unit) -> None:
+    def busy(handler: BaseHTTPRequestHandler, asked: dict[str, Any]) -> None:
+        if len(server.asked) < 3:
+            return send(handler, b"come again", 503, **{"Retry-After": "0"})
+        says({"score": [1.0] * 12})(handler, asked)
+
+    server.reply = busy
+    engine = remote(server)
+    assert engine.score(images, unit).valid.all()
+    assert engine.stats()["runtime/reward/score/errors"] == 0
+    assert len({headers["Idempotency-Key"] for headers in server.headers}) == 1
+
+
+def test_a_server_that_is_busy_for_too_long_has_failed(server: Server, images: Tensor, unit: Unit) -> None:
+    server.reply = lambda handler, asked: send(handler, b"come again", 503, **{"Retry-After": "3600"})
+    with pytest.raises(RewardError, match="answered 503 Service Unavailable: come again"):
+        remote(server).score(images, unit)
+    assert len(server.asked) == 1
+
+
+def test_a_reward_that_compares_gets_one_group_in_a_call(server: Server, images: Tensor, unit: Unit) -> None:
+    server.reply = says({"score": [1.0] * 4})
+    remote(server, options={"groupwise": True}).score(images, unit)
+    assert [{prompt["text"] for prompt in asked["prompts"]} for asked in server.asked] == [
+        {"cat 0"},
+        {"cat 1"},
+        {"cat 2"},
+    ]
 
 
 def test_redirects_are_not_followed(server: Server, images: Tensor, unit: Unit) -> None:

@@ -1,0 +1,49 @@
+"""An environment of its own for a reward whose packages do not go with rlalign's, such as an older transformers.
+
+rlalign is installed there without its dependencies, and of those only what a service needs, in one go with the reward's
+packages, so that pip finds versions that suit all of them.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import rlalign
+
+# Without bounds where the reward's packages may well have some of their own.
+NEEDED = (
+    *("torch", "numpy", "Pillow", "safetensors", "psutil", "PyYAML", "pydantic>=2.11", "httpx>=0.27"),
+    *("typer>=0.26", "aiohttp>=3.11", "prometheus-client>=0.20"),
+)
+STAMP = "rlalign-reward.json"
+
+
+def python_of(folder: Path, packages: Sequence[str]) -> Path:
+    """The interpreter of the environment in ``folder``, made or brought up to date if it has to be."""
+    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    wanted = {"needed": [*NEEDED], "packages": [*packages], "rlalign": ourselves()}
+    stamp = folder / STAMP
+    if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
+        return python
+    if not python.exists():
+        _run("make the environment", sys.executable, "-m", "venv", str(folder))
+    pip = (str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
+    _run("install the reward's packages", *pip, *wanted["needed"], *packages)
+    _run("install rlalign", *pip, "--no-deps", *wanted["rlalign"])
+    stamp.write_text(json.dumps(wanted))
+    return python
+
+
+def ourselves() -> list[str]:
+    """What pip is told to install this very rlalign: the folder that it stands in, or the release."""
+    source = Path(rlalign.__file__).parents[1]
+    return ["-e", str(source)] if (source / "pyproject.toml").is_file() else [f"rlalign=={rlalign.__version__}"]
+
+
+def _run(what: str, *command: str) -> None:
+    print(f"{what}: {' '.join(command)}", file=sys.stderr, flush=True)
+    done = subprocess.run(command)
+    if done.returncode != 0:
+        raise ValueError(f"cannot {what}: {Path(command[0]).name} ended with exit code {done.returncode}, see above")

@@ -1,0 +1,246 @@
+"""Weights of a few kilobytes in the layouts of the published ones, and the options that load them."""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.tokenizer import SimpleTokenizer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from transformers import (
+    BertTokenizer,
+    BitImageProcessor,
+    BlipTextConfig,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessor,
+)
+from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+from rlalign_rewards._networks import rating_head
+
+SIDE = 28
+WIDTH = 16
+
+SMALL_VIT: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": SIDE,
+    "patch_size": 7,
+}
+
+OPEN_CLIP = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {"image_size": SIDE, "layers": 2, "width": 32, "head_width": 8, "patch_size": 7},
+    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 32, "heads": 4, "layers": 2},
+}
+
+
+def shaken(network: nn.Module, seed: int = 0) -> nn.Module:
+    """With every weight off its initial value: zeros and ones hide mistakes."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return network.eval()
+
+
+@cache
+def _words() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """CLIP's own vocabulary and merges, which open_clip's wheel carries."""
+    tokens = SimpleTokenizer()
+    ends = {"<start_of_text>": "<|startoftext|>", "<end_of_text>": "<|endoftext|>"}
+    return {ends.get(word, word): number for word, number in tokens.encoder.items()}, list(tokens.bpe_ranks)
+
+
+def clip_folder(folder: Path, seed: int = 7, width: int = WIDTH) -> str:
+    """A CLIPModel with tokenizer and processor, as transformers stores it; seed 7 has positive cosines."""
+    config = CLIPConfig(
+        projection_dim=width,
+        text_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "bos_token_id": 49406,
+            "eos_token_id": 49407,
+            "pad_token_id": 49407,
+        },
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "image_size": SIDE,
+            "patch_size": 7,
+        },
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        network = CLIPModel(config)
+    shaken(network, seed).save_pretrained(folder)
+    vocabulary, merges = _words()
+    CLIPTokenizer(vocab=vocabulary, merges=merges).save_pretrained(folder)
+    size = {"height": SIDE, "width": SIDE}
+    CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=size).save_pretrained(folder)
+    return str(folder)
+
+
+def open_clip_file(folder: Path) -> tuple[str, str]:
+    """The name of a tiny architecture, made known to open_clip, and a checkpoint of it as HPSv2 stores its own."""
+    config = folder / "rlalign-tiny.json"
+    config.write_text(json.dumps(OPEN_CLIP))
+    open_clip.add_model_config(config)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = open_clip.CLIP(**OPEN_CLIP)
+    path = folder / "HPS_v2.1_compressed.pt"
+    torch.save({"epoch": 1, "state_dict": shaken(network).state_dict()}, path)
+    return "rlalign-tiny", str(path)
+
+
+def head_file(path: Path, width: int) -> str:
+    """The aesthetic head as published: a table of tensors called layers.0.weight and so on."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        head = rating_head(width)
+    torch.save({f"layers.{name}": value for name, value in head.state_dict().items()}, path)
+    return str(path)
+
+
+def _clipscore(folder: Path) -> dict[str, Any]:
+    return {"model": clip_folder(folder)}
+
+
+def _pickscore(folder: Path) -> dict[str, Any]:
+    model = clip_folder(folder)
+    return {"model": model, "processor": model}
+
+
+def _aesthetic(folder: Path) -> dict[str, Any]:
+    return {"clip": clip_folder(folder, width=768), "head": head_file(folder / "head.pth", 768)}
+
+
+def _hpsv2(folder: Path) -> dict[str, Any]:
+    model, checkpoint = open_clip_file(folder)
+    return {"model": model, "checkpoint": checkpoint}
+
+
+def imagereward_file(folder: Path) -> dict[str, Any]:
+    """ImageReward.pt in BLIP's names, as published, and a tokenizer."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        eyes = VisionTransformer(SIDE, 7, embed_dim=128, depth=2, num_heads=2, num_classes=0)
+        config = BlipTextConfig(
+            vocab_size=40,
+            hidden_size=64,
+            encoder_hidden_size=128,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=1,
+            max_position_embeddings=64,
+            is_decoder=True,
+        )
+        reader, head = BlipTextModel(config, add_pooling_layer=False), rating_head(64)
+    parts = {"blip.visual_encoder": eyes, "blip.text_encoder": reader, "mlp.layers": head}
+    state = {f"{part}.{name}": value for part, net in parts.items() for name, value in shaken(net).state_dict().items()}
+    torch.save(state | {"blip.text_encoder.embeddings.position_ids": torch.arange(64)[None]}, folder / "ImageReward.pt")
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "red",
+        "circle",
+        "dogs",
+        "the",
+        "left",
+        *"abcdefgh",
+        *"249 5",
+    ]
+    BertTokenizer(vocab={word: number for number, word in enumerate(words)}).save_pretrained(folder)
+    return {"checkpoint": str(folder), "tokenizer": str(folder)}
+
+
+def mps_file(folder: Path) -> dict[str, Any]:
+    """The names and shapes of MPS: a CLIP and four layers of cross and self attention."""
+    clip = clip_folder(folder)
+    width, heads, inner = WIDTH, 2, 24
+    generator = torch.Generator().manual_seed(4)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
+
+    state = {f"model.{name}": value for name, value in CLIPModel.from_pretrained(clip).state_dict().items()}
+    for layer in (f"cross_model.layers.{number}" for number in range(4)):
+        state |= {
+            f"{layer}.0.fn.norm.weight": 1 + random(width),
+            f"{layer}.0.fn.norm.bias": torch.zeros(width),
+            f"{layer}.0.fn.to_q.weight": random(heads * 64, width),
+            f"{layer}.0.fn.to_kv.weight": random(128, width),
+            f"{layer}.0.fn.to_out.weight": random(width, heads * 64),
+            f"{layer}.0.fn.ff.0.weight": random(2 * inner, width),
+            f"{layer}.0.fn.ff.2.weight": random(width, inner),
+            f"{layer}.1.fn.norm.weight": 1 + random(width),
+            f"{layer}.1.fn.norm.bias": torch.zeros(width),
+            f"{layer}.1.fn.rotary_emb.inv_freq": 1e4 ** -(torch.arange(0, 64, 2) / 64),
+            f"{layer}.1.fn.fused_attn_ff_proj.weight": random(heads * 64 + 128 + 2 * inner, width),
+            f"{layer}.1.fn.attn_out.weight": random(width, heads * 64),
+            f"{layer}.1.fn.ff_out.1.weight": random(width, inner),
+        }
+    torch.save(state, folder / "mps.pth")
+    return {"checkpoint": str(folder / "mps.pth"), "clip": clip}
+
+
+def classifier_folder(folder: Path) -> dict[str, Any]:
+    """A ViT with the labels of Falconsai's."""
+    labels = {0: "normal", 1: "nsfw"}
+    config = ViTConfig(**SMALL_VIT, id2label=labels, label2id={label: number for number, label in labels.items()})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shaken(ViTForImageClassification(config)).save_pretrained(folder)
+    ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder)
+    return {"model": str(folder)}
+
+
+def dino_folder(folder: Path) -> dict[str, Any]:
+    """A DINOv2, which crops the middle of a larger picture."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shaken(Dinov2Model(Dinov2Config(**SMALL_VIT))).save_pretrained(folder)
+    crop = {"height": SIDE, "width": SIDE}
+    BitImageProcessor(size={"shortest_edge": 32}, crop_size=crop).save_pretrained(folder)
+    return {"model": str(folder)}
+
+
+OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "aesthetic": _aesthetic,
+    "clipscore": _clipscore,
+    "hpsv2": _hpsv2,
+    "image_similarity": dino_folder,
+    "imagereward": imagereward_file,
+    "mps": mps_file,
+    "nsfw": classifier_folder,
+    "pickscore": _pickscore,
+}
+"""Of every reward whose weights are only on a hub: what makes it work without one."""
+
+
+def pictures(rows: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:
+    """Smooth noise, which resizing does not erase. uint8 [rows, 3, height, width]"""
+    coarse = torch.rand(rows, 3, 6, 6, generator=torch.Generator().manual_seed(seed))
+    return (255 * nn.functional.interpolate(coarse, (height, width), mode="bilinear")).round().to(torch.uint8)
