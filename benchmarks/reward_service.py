@@ -1,4 +1,4 @@
-"""Pictures a second and the time of a request through `rlalign serve-reward`, and what is lost or scored twice by kills.
+"""Pictures a second through `rlalign serve-reward`, how long a request takes, and what kills lose or score twice.
 
     python benchmarks/reward_service.py                                     # 1,000 pictures, two workers, no kill
     python benchmarks/reward_service.py --kills 3 --format safetensors --size 512 --pictures 256

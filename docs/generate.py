@@ -31,6 +31,7 @@ from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.telemetry import EXPORTED, prometheus_name
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
+from rlalign.serving.config import ServeConfig
 from rlalign.workers.learner import EmaConfig, OptimizerConfig
 
 DOCS = Path(__file__).parent
@@ -44,6 +45,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "window": Window,
     "rewards": RewardConfig,
     "url options": RemoteOptions,
+    "serve": ServeConfig,
     **{name: plugins.load("algorithm", name).Config for name in plugins.names("algorithm")},
     "ramp": forward.Ramp,
     "penalty": regularise.Penalty,

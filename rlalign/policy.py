@@ -283,14 +283,13 @@ class Policy:
     # --- rollout and replay: the same functions on the same numbers
 
     def schedule(self, settings: RolloutConfig) -> Schedule:
-        """The chain's points; ValueError where the kernel's formula does not hold on the model's path."""
+        """The chain's points; ValueError where a shift is asked of a model that is on another path."""
         own = self.family.schedule(settings.num_steps, self.size)
-        if not own.is_flow and (settings.kernel in FLOW_KERNELS or settings.shift is not None):
-            raise ValueError(
-                f"kernel {settings.kernel} and shift are for flow-matching models, and this one is not: "
-                "set rollout.kernel to ddim and rollout.shift to null"
-            )
-        return own if settings.shift is None else flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
+        if settings.shift is None:
+            return own
+        if not own.is_flow:
+            raise ValueError("rollout.shift is for flow-matching models, and this one is not: leave it out")
+        return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
 
     def kernel(self, x: Tensor, prediction: Prediction, now: Level, nxt: Level) -> Gaussian:
         return KERNELS[self.settings.kernel](x, prediction, now, nxt, self.settings.noise_level)

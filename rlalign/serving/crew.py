@@ -143,7 +143,8 @@ class Crew:
             except (*DEAD, ValueError) as error:
                 failures += 1
                 await self._end(number)
-                logger.warning("worker %d cannot start: %s", number, error)
+                why = error if isinstance(error, ValueError) else "it ended before it had loaded the reward"
+                logger.warning("worker %d cannot start: %s", number, why)
         await self._give_up(number)
 
     async def _give_up(self, number: int) -> None:

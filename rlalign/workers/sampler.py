@@ -11,7 +11,7 @@ from rlalign.mdp.noise import Noise
 from rlalign.mdp.rollout import Chain, in_micro_batches
 from rlalign.mdp.transition import Gaussian
 from rlalign.models.base import Unusable
-from rlalign.policy import Policy, RolloutConfig, Variant, draw_steps
+from rlalign.policy import FLOW_KERNELS, Policy, RolloutConfig, Variant, draw_steps
 from rlalign.prompts import seen_by_model
 from rlalign.types import Cond, Prompt, Trajectory, Unit, joined_graphs
 from rlalign.workers.broadcast import Broadcast
@@ -36,6 +36,8 @@ class Sampler:
         shares: bool,
         keep_uncond: bool = False,
     ) -> None:
+        if keep_steps:
+            require_kernel(policy)
         self.policy = policy
         self.noise = noise
         self.sample_with: Variant = sample_with
@@ -206,6 +208,13 @@ class Sampler:
                 self.encoded.popitem(last=False)
         self.encoded.move_to_end(key)
         return self.encoded[key]
+
+
+def require_kernel(policy: Policy) -> None:
+    """ValueError where the formula of stochastic steps does not hold on the model's path."""
+    kernel = policy.settings.kernel
+    if kernel in FLOW_KERNELS and not policy.schedule(policy.settings).is_flow:
+        raise ValueError(f"rollout.kernel {kernel} is for flow-matching models, and this one is not: set it to ddim")
 
 
 def addresses(unit: Unit) -> Tensor:

@@ -38,6 +38,7 @@ JUDGES = {"unified_reward", "vlm_judge", "vlm_win_rate"}
 RANGES = {
     "clipscore": (0, 100),
     "composition": (0, 1),
+    "geneval": (0, 1),
     "hpsv2": (-1, 1),
     "image_similarity": (-1.001, 1.001),
     "jpeg_compressibility": (-50, 0),

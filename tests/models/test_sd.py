@@ -14,6 +14,7 @@ from rlalign.algorithms.forward import TimeSettings, at_times, draw_times, likel
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Prompt, Size, Trajectory
+from rlalign.workers.sampler import Sampler
 from tests.models.stable_diffusion import sd_folder, sd_policy
 
 NOISE, ROWS = Noise(3), 4
@@ -130,6 +131,15 @@ def test_a_family_that_does_not_say_how_noisy_its_times_are_is_refused(policy: P
     blind = replace(batch, schedule=replace(batch.schedule, table=None))
     with pytest.raises(ValueError, match="in the table of its schedule"):
         policy.predict_noised(blind, batch.final, torch.full((ROWS,), 0.5))
+
+
+def test_kernels_of_flow_models_are_refused_where_steps_are_stochastic(folder: Path):
+    other = sd_policy(folder, kernel="flow_sde")
+    with pytest.raises(ValueError, match=r"rollout\.kernel flow_sde is for flow-matching models.* set it to ddim"):
+        Sampler(other, NOISE, "policy", keep_steps=True, shares=True)
+    Sampler(other, NOISE, "policy", keep_steps=False, shares=True)
+    with pytest.raises(ValueError, match=r"rollout\.shift is for flow-matching models"):
+        other.schedule(other.settings.model_copy(update={"shift": 3.0}))
 
 
 def test_the_error_is_that_of_the_noise(policy: Policy, batch: Trajectory):

@@ -24,6 +24,9 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessor,
 )
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
@@ -217,6 +220,18 @@ def classifier_folder(folder: Path) -> dict[str, Any]:
     return {"model": str(folder)}
 
 
+def geneval_folder(folder: Path) -> dict[str, Any]:
+    """A YOLOS that knows circles and dogs, and a CLIP."""
+    labels = {0: "circle", 1: "dog"}
+    sizes = SMALL_VIT | {"image_size": [SIDE, SIDE], "num_detection_tokens": 5}
+    config = YolosConfig(**sizes, id2label=labels, label2id={label: number for number, label in labels.items()})
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        shaken(YolosForObjectDetection(config)).save_pretrained(folder / "detector")
+    YolosImageProcessor(size={"shortest_edge": SIDE, "longest_edge": 64}).save_pretrained(folder / "detector")
+    return {"detector": str(folder / "detector"), "clip": clip_folder(folder / "clip"), "clip_tag": None}
+
+
 def dino_folder(folder: Path) -> dict[str, Any]:
     """A DINOv2, which crops the middle of a larger picture."""
     with torch.random.fork_rng():
@@ -230,6 +245,7 @@ def dino_folder(folder: Path) -> dict[str, Any]:
 OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "aesthetic": _aesthetic,
     "clipscore": _clipscore,
+    "geneval": geneval_folder,
     "hpsv2": _hpsv2,
     "image_similarity": dino_folder,
     "imagereward": imagereward_file,
