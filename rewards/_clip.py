@@ -93,7 +93,8 @@ def open_clip(architecture: str, pretrained: str, device: str | None, dtype: str
     def load(source: str) -> Any:
         return library.create_model(architecture, pretrained=source, require_pretrained=True)
 
-    network = placed(from_hub(pretrained, load), device, dtype)
+    fetch = f"open_clip.create_model('{architecture}', '{pretrained}')"
+    network = placed(from_hub(pretrained, load, fetch), device, dtype)
     return _of_open_clip(network, architecture, cropped, network.visual.image_mean, network.visual.image_std)
 
 

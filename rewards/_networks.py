@@ -27,8 +27,11 @@ def placed(network: _Network, device: str | None, dtype: str) -> _Network:
     return network.requires_grad_(False).eval().to(device, _DTYPES[dtype])
 
 
-def from_hub(name: str, load: Callable[[str], _Loaded]) -> _Loaded:
-    """What `load` makes of a folder or of a name on the hub; ValueError in one sentence where it is not to be had."""
+def from_hub(name: str, load: Callable[[str], _Loaded], fetch: str | None = None) -> _Loaded:
+    """What `load` makes of a path or of a name on the hub; ValueError in one sentence where it is not to be had.
+
+    `fetch` is the command that gets it where there is a network, `hf download` unless given.
+    """
     if _is_path(name) and not Path(name).expanduser().exists():
         raise ValueError(f"there is no {name}")
     try:
@@ -37,7 +40,7 @@ def from_hub(name: str, load: Callable[[str], _Loaded]) -> _Loaded:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{name} could not be loaded, neither from this machine nor from the hub ({first:.200}); give the path "
-            f"of a local copy, or run `hf download {name}` where there is a network"
+            f"of a local copy, or run `{fetch or f'hf download {name}'}` where there is a network"
         ) from error
 
 

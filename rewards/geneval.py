@@ -139,7 +139,7 @@ class Detector:
         inputs = self._processor(images=list(images), return_tensors="pt")
         pixels = inputs["pixel_values"].to(self._network.device, self._network.dtype)
         outputs = self._network(pixel_values=pixels)
-        sizes = [tuple(images.shape[-2:])] * len(images)
+        sizes = [(images.shape[-2], images.shape[-1])] * len(images)
         read = self._segments if self._masks else self._boxes
         return [sorted(found, key=lambda thing: -thing.score) for found in read(outputs, sizes)]
 

@@ -12,8 +12,9 @@ from rlalign_rewards._vlm import Endpoint, middle, number_in
 # The wording that the model was trained on, so it is not ours to improve.
 _QUESTION = (
     "You are given a text caption and a generated image based on that caption. Your task is to evaluate this image "
-    "based on two key criteria:\n1. Alignment with the Caption: Assess how well this image aligns with the provided caption. "
-    "Consider the accuracy of depicted objects, their relationships, and attributes as described in the caption.\n"
+    "based on two key criteria:\n1. Alignment with the Caption: Assess how well this image aligns with the provided "
+    "caption. Consider the accuracy of depicted objects, their relationships, and attributes as described in the "
+    "caption.\n"
     "2. Overall Image Quality: Examine the visual quality of this image, including clarity, detail preservation, color "
     "accuracy, and overall aesthetic appeal.\nBased on the above criteria, assign a score from 1 to 5 after 'Final "
     "Score:'.\nYour task is provided as follows:\nText Caption: [{prompt}]"

@@ -21,8 +21,9 @@ from rlalign.types import Prompt
 class VideoFrames:
     """The mean or the least of the frames' scores; a detail is the mean over the frames that it applies to.
 
-    ``of`` names the reward as `use` does, but paths count from the working directory; ``options`` are its own. Every
-    ``every``-th frame is asked, the first one always. A film is beyond judgement where one of those frames is.
+    ``of`` names the reward as `use` does, but paths count from the working directory; ``options`` are its own.
+    ``reduce`` is mean or min. Every ``every``-th frame is asked, the first one always. A film is beyond judgement where
+    one of those frames is.
 
     Score: that of the reward asked, on its scale; frames are judged one by one.
     Known hacks: those of the reward asked, and a film that stands still.

@@ -112,7 +112,9 @@ def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
 def make_learner(config: RunConfig, policy: Policy, algorithm: Algorithm, group: Group | None = None) -> Learner:
     noise, updates = Noise(config.seed), config.updates_per_step
     if algorithm.needs.reward_gradient:
-        vars(algorithm)["reward"] = reward_sum(load_rewards(config.rewards))
+        vars(algorithm)["reward"] = reward_sum(
+            load_rewards([reward for reward in config.rewards if reward.role == "train"])
+        )
     return Learner(policy, algorithm, noise, config.optimizer, config.ema, updates, group)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from rlalign import machine
 from rlalign.config import recipes
 from rlalign.paths import zoo_names
-from rlalign.scoring import RewardConfig, load_reward, reward_names
+from rlalign.scoring import find_reward, reward_names
 
-EXTRAS = {"rapidocr": "ocr", "onnxruntime": "ocr", "wandb": "wandb", "starlette": "serve", "pynvml": "gpu"}
+EXTRAS = {"rapidocr": "ocr", "onnxruntime": "ocr", "wandb": "wandb", "pynvml": "gpu"}
 
 
 def doctor() -> int:
@@ -46,7 +46,7 @@ def _device() -> str:
 
 def _reward(name: str) -> str:
     try:
-        load_reward(RewardConfig(use=name))
+        find_reward(name)
     except ValueError as error:
         return str(error)
     return "ok"

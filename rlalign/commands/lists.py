@@ -1,14 +1,13 @@
 """What there is to choose from: rewards, models, algorithms."""
 
 import inspect
-from collections.abc import Callable
 from importlib.metadata import entry_points
 
 from rlalign import plugins
 from rlalign.commands.problems import in_preparation
 from rlalign.overlays import presets
 from rlalign.paths import zoo_names
-from rlalign.scoring import RewardConfig, load_reward, reward_names
+from rlalign.scoring import find_reward, reward_names
 from rlalign.scoring.loading import CATALOGUE
 
 
@@ -16,7 +15,7 @@ def list_rewards() -> int:
     for name in reward_names():
         (found, *_) = entry_points(group=CATALOGUE, name=name)
         try:
-            about = _first_line(_function(name))
+            about = _summary(inspect.getdoc(find_reward(name)))
         except ValueError as error:  # an extra is missing, for one
             about = f"cannot be loaded: {error}"
         print(f"{name:28} {about}  [{found.value}]")
@@ -26,9 +25,9 @@ def list_rewards() -> int:
 
 def show_reward(name: str) -> int:
     with in_preparation():
-        function = _function(name)
-    place = inspect.getsourcefile(inspect.unwrap(_documented(function)))
-    print(f"{name}{inspect.signature(function)}\n{place}\n\n{inspect.getdoc(_documented(function)) or ''}")
+        reward = find_reward(name)
+    place = inspect.getsourcefile(inspect.unwrap(reward))
+    print(f"{name}{inspect.signature(reward)}\n{place}\n\n{inspect.getdoc(reward) or ''}")
     return 0
 
 
@@ -50,19 +49,6 @@ def list_algorithms() -> int:
             print(f"{'':12} presets: {', '.join(own)}")
     print("\nchoose one with algorithm=NAME; your own: algorithm.name may be a module or path/to/file.py")
     return 0
-
-
-def _function(name: str) -> Callable[..., object]:
-    return load_reward(RewardConfig(use=name)).function
-
-
-def _documented(function: Callable[..., object]) -> Callable[..., object]:
-    """The class of an object, the function itself otherwise: that is where the docstring is."""
-    return function if inspect.isroutine(function) else type(function)
-
-
-def _first_line(function: Callable[..., object]) -> str:
-    return _summary(inspect.getdoc(_documented(function)))
 
 
 def _summary(text: str | None) -> str:

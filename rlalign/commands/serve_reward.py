@@ -58,7 +58,10 @@ def serve_reward(wish: Wish) -> int:
             from rlalign.serving.server import serve
         except ModuleNotFoundError as error:
             raise BadInput(f"{error.name} is not installed; pip install aiohttp prometheus-client") from error
-        asyncio.run(serve(reward, Path(), config, token, lambda url: _announce(url, reward, config, path)))
+        try:
+            asyncio.run(serve(reward, Path(), config, token, lambda url: _announce(url, reward, config, path)))
+        except asyncio.CancelledError:
+            raise BadInput("asked twice to end, so what was accepted is not finished") from None
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from rlalign.scoring.config import RewardConfig, check_rewards
 from rlalign.scoring.engine import Scoring, require_valid_group
-from rlalign.scoring.loading import load_reward, load_rewards, reward_names
+from rlalign.scoring.loading import find_reward, load_reward, load_rewards, reward_names
 from rlalign.scoring.protocol import Reward, RewardError, differentiable, groupwise, of_recordings
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Scoring",
     "check_rewards",
     "differentiable",
+    "find_reward",
     "groupwise",
     "load_reward",
     "load_rewards",

@@ -42,6 +42,11 @@ def load_reward(config: RewardConfig, folder: Path = Path()) -> Reward:
     return reward
 
 
+def find_reward(name: str) -> Callable[..., object]:
+    """What a short name stands for, a class not constructed: its docstring is to be had without its weights."""
+    return _from_catalogue(name)
+
+
 def _remote(config: RewardConfig) -> Reward:
     try:
         options = RemoteOptions(**config.options)

@@ -60,9 +60,13 @@ class Crew:
     async def start(self) -> None:
         """Returns when all workers have loaded the reward; ValueError, one sentence, when they cannot."""
         try:
-            await asyncio.gather(*(self._start(number) for number in range(self.config.workers)))
-        except DEAD:
+            async with asyncio.TaskGroup() as starts:
+                for number in range(self.config.workers):
+                    starts.create_task(self._start(number))
+        except* DEAD:
             raise ValueError("a worker process ended while it loaded the reward; its last words stand above") from None
+        except* ValueError as refused:
+            raise refused.exceptions[0] from None
         self._seats = [asyncio.create_task(self._keep(number)) for number in range(self.config.workers)]
 
     async def score(self, images: Tensor, prompts: Sequence[Prompt]) -> Outcome:

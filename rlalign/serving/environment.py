@@ -15,7 +15,7 @@ import rlalign
 # Without bounds where the reward's packages may well have some of their own.
 NEEDED = (
     *("torch", "numpy", "Pillow", "safetensors", "psutil", "PyYAML", "pydantic>=2.11", "httpx>=0.27"),
-    *("typer>=0.26", "aiohttp>=3.11", "prometheus-client>=0.20"),
+    *("typer>=0.26", "aiohttp>=3.13", "prometheus-client>=0.20"),
 )
 STAMP = "rlalign-reward.json"
 

@@ -14,6 +14,7 @@ first one, also while that is still being scored. Failures are not kept: those a
 
 import asyncio
 import hashlib
+import logging
 import math
 import signal
 import socket
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.typedefs import Handler
 
 from rlalign.scoring import RewardConfig, wire
@@ -134,6 +136,8 @@ class Service:
             raise Refusal(408, f"the request did not arrive within {ARRIVE_S:g} s") from None
         except web.HTTPRequestEntityTooLarge:
             raise self._too_large() from None
+        except (ConnectionError, web.RequestPayloadError):
+            raise Refusal(400, "the request did not arrive whole") from None
         finally:
             self._reading -= 1
             self._count()
@@ -230,6 +234,7 @@ async def serve(
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, end)
+    logging.getLogger("aiohttp.server").addFilter(is_our_fault)
     crew = Crew(reward, folder, config, Meters())
     try:
         if not await _first(crew.start(), stop.wait()):
@@ -259,6 +264,11 @@ def bound(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise ValueError(f"cannot listen on {host}:{port}: {error.strerror}") from None
     return listening
+
+
+def is_our_fault(record: logging.LogRecord) -> bool:
+    """Requests that are no HTTP are answered with 400; whoever sends them must not fill the log."""
+    return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
 
 
 def _shown(host: str) -> str:

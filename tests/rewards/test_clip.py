@@ -161,6 +161,10 @@ def test_lower_precision_stays_close(folder: str) -> None:
         (lambda: ClipScore(model="nobody/nothing"), "nobody/nothing could not be loaded, neither"),
         (lambda: ClipScore(model="./nothing"), "there is no ./nothing"),
         (lambda: ClipScore(model="ViT-Z", pretrained="openai"), "open_clip has no architecture 'ViT-Z'"),
+        (
+            lambda: ClipScore(model="ViT-B-32", pretrained="laion2b_s34b_b79k"),
+            r"run `open_clip\.create_model\('ViT-B-32'",
+        ),
         (lambda: PickScore(dtype="int8"), "yuvalkirstain/PickScore_v1 could not be loaded"),
         (lambda: Hpsv2(version="v3"), "HPSv2 has no version 'v3'; there are v2.0 and v2.1"),
         (lambda: Hpsv2(), "xswu/HPSv2 could not be loaded"),

@@ -97,17 +97,18 @@ def test_what_is_cut_out_stands_on_grey() -> None:
     assert cut_out(image, thing("cat", 8, 8, size=0)).shape == (3, 1, 1)
 
 
+PAINT = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
+
+
 class FakeClip:
     """Sees the mean colour and reads the names of colours."""
-
-    PAINT = {"red": (1, 0, 0), "green": (0, 1, 0), "blue": (0, 0, 1), "yellow": (1, 1, 0), "white": (1, 1, 1)}
 
     def images(self, images: Tensor) -> Tensor:
         return torch.nn.functional.normalize(images.mean((2, 3)), dim=-1)
 
     def texts(self, texts: list[str]) -> Tensor:
         words = [text.replace("-", " ").split()[4] for text in texts]
-        paint = torch.tensor([self.PAINT.get(word, (-1, -1, -1)) for word in words]).float()
+        paint = torch.tensor([PAINT.get(word, (-1, -1, -1)) for word in words]).float()
         return torch.nn.functional.normalize(paint, dim=-1)
 
 
@@ -149,7 +150,7 @@ def test_instance_segmentation_gives_masks_and_their_boxes(tmp_path: Path, monke
         out_features=["stage1", "stage2", "stage3", "stage4"],
     )  # fmt: skip
     config = Mask2FormerConfig(
-        backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16, encoder_feedforward_dim=16,
+        backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_feedforward_dim=16,
         dim_feedforward=16, encoder_layers=1, decoder_layers=2, num_attention_heads=2, num_queries=6,
         id2label={0: "circle", 1: "dog"}, label2id={"circle": 0, "dog": 1},
     )  # fmt: skip

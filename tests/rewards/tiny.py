@@ -9,7 +9,9 @@ from typing import Any
 import open_clip
 import torch
 from open_clip.tokenizer import SimpleTokenizer
+from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
     BertTokenizer,
@@ -21,6 +23,12 @@ from transformers import (
     CLIPTokenizer,
     Dinov2Config,
     Dinov2Model,
+    Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLImageProcessor,
+    Qwen2VLModel,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
     ViTConfig,
     ViTForImageClassification,
     ViTImageProcessor,
@@ -31,6 +39,8 @@ from transformers import (
 from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 from rlalign_rewards._networks import rating_head
+from rlalign_rewards.hpsv3 import _INSTRUCTION
+from rlalign_rewards.hpsv3 import _head as rated_head
 
 SIDE = 28
 WIDTH = 16
@@ -232,6 +242,62 @@ def geneval_folder(folder: Path) -> dict[str, Any]:
     return {"detector": str(folder / "detector"), "clip": clip_folder(folder / "clip"), "clip_tag": None}
 
 
+def qwen_tokenizer() -> Qwen2Tokenizer:
+    """Byte pairs of HPSv3's own question, so that it is short."""
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"])
+    trained.train_from_iterator([_INSTRUCTION], trainer)
+    table = json.loads(trained.to_str())["model"]
+    made = Qwen2Tokenizer(vocab=table["vocab"], merges=[tuple(pair) for pair in table["merges"]])
+    made.add_tokens(["<|im_start|>", "<|im_end|>", *VISION], special_tokens=True)
+    made.chat_template = (
+        "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{% for part in turn['content'] %}"
+        "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+        "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
+    )
+    return made
+
+
+VISION = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
+
+
+def hpsv3_folder(folder: Path) -> dict[str, Any]:
+    """A Qwen2-VL with its processor, and HPSv3.safetensors in the layout of the published file."""
+    words = qwen_tokenizer()
+    start, image, end, video = words.convert_tokens_to_ids(VISION)
+    config = Qwen2VLConfig(
+        text_config={
+            "vocab_size": len(words) + 1,  # and the token that is rated
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        },
+        vision_config={"depth": 1, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 1},
+        vision_start_token_id=start,
+        image_token_id=image,
+        vision_end_token_id=end,
+        video_token_id=video,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, head = shaken(Qwen2VLModel(config)), shaken(rated_head(16))
+    config.save_pretrained(folder)
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor(), words.chat_template)
+    processor.save_pretrained(folder)
+    state = {
+        name if name.startswith("visual.") else name.replace("language_model.", "model.", 1): value.contiguous()
+        for name, value in network.state_dict().items()
+    }
+    state |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
+    save_file(state, folder / "HPSv3.safetensors")
+    return {"checkpoint": str(folder), "base": str(folder), "dtype": "float32"}
+
+
 def dino_folder(folder: Path) -> dict[str, Any]:
     """A DINOv2, which crops the middle of a larger picture."""
     with torch.random.fork_rng():
@@ -247,6 +313,7 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "clipscore": _clipscore,
     "geneval": geneval_folder,
     "hpsv2": _hpsv2,
+    "hpsv3": hpsv3_folder,
     "image_similarity": dino_folder,
     "imagereward": imagereward_file,
     "mps": mps_file,

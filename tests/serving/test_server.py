@@ -1,23 +1,27 @@
 """The front of the service: who is let in, what is too much, what was asked before. The crew is a stand-in."""
 
 import asyncio
+import json
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
 from rlalign.commands.serve_reward import Wish, _config, _reward, serve_reward
-from rlalign.scoring import wire
+from rlalign.scoring import Reward, RewardConfig, load_reward, wire
+from rlalign.scoring.call import call
 from rlalign.serving import environment
 from rlalign.serving import token as tokens
 from rlalign.serving.batches import Job, Queue, Refusal
 from rlalign.serving.config import ServeConfig
 from rlalign.serving.meters import Meters
-from rlalign.serving.server import Service
+from rlalign.serving.server import Service, is_our_fault
+from rlalign.serving.worker import scored
 from rlalign.types import Prompt
 from tests.serving.rewards import numbered, numbers_of
 
@@ -148,6 +152,28 @@ def test_malformed_requests_are_refused_in_words():
                 assert response.status == status and said in await sentence(response)
 
     visited(visit)
+
+
+def test_who_hangs_up_or_speaks_no_http_fills_no_log(caplog: pytest.LogCaptureFixture):
+    async def visit(client: TestClient, crew: Crew, service: Service) -> None:
+        for length in (b"1000", b"-5"):
+            head = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: " + length
+            reader, writer = await asyncio.open_connection(client.host, client.port)
+            writer.write(head + b"\r\n\r\n{")
+            await writer.drain()
+            while length == b"1000" and not service._reading:
+                await asyncio.sleep(0.01)
+            if length == b"-5":
+                assert b" 400 " in await reader.readline()
+            writer.close()
+            await writer.wait_closed()
+        while service._reading:
+            await asyncio.sleep(0.01)
+        assert await post(client, 1) == (200, '{"score": [1.0]}')
+
+    logging.getLogger("aiohttp.server").addFilter(is_our_fault)
+    visited(visit, token=None)
+    assert not caplog.records
 
 
 def test_an_equal_request_is_scored_once():
@@ -291,6 +317,35 @@ def test_pictures_of_other_sizes_are_other_calls():
 def test_groups_and_suspects_stay_alone():
     assert taken((1, 8), (1, 8), groupwise=True) == [[0], [1]]
     assert taken((1, 8), (1, 8), (1, 8), alone=0) == [[0], [1, 2]]
+
+
+# --- a worker
+
+
+def test_a_worker_gives_the_reward_its_own_numbers():
+    """To the last bit, also of a differentiable reward, which is given floats."""
+    images = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prompts = [Prompt("a cat")] * 5
+    for name in ("saturation", "jpeg_compressibility"):
+        reward = load_reward(RewardConfig(use=name))
+        answer = json.loads(json.dumps(scored(reward, wire.as_safetensors(images, prompts))))
+        assert torch.equal(torch.tensor(answer["columns"]["score"]), call(reward, images, prompts).score)
+
+
+@pytest.mark.parametrize(
+    ("function", "answer"),
+    [
+        (lambda images, prompts: [1.0], {"error": "it returned 1 numbers for 2 pictures"}),
+        (
+            lambda images, prompts: {"points": [1, 2]},
+            {"error": "it returned a dict without 'score'; its keys are ['points']"},
+        ),
+        (lambda images, prompts: {"score": [1, 2], "why": [3, 4]}, {"columns": {"score": [1, 2], "why": [3, 4]}}),
+    ],
+)
+def test_a_worker_checks_what_the_reward_returned(function: Any, answer: dict[str, Any]):
+    reward = Reward(RewardConfig(use="own:reward"), function)
+    assert scored(reward, wire.as_safetensors(numbered([1, 2]), [Prompt("a")] * 2)) == answer
 
 
 # --- the token and the command line

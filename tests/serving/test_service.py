@@ -31,10 +31,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def running(folder: Path) -> Iterator[Running]:
-    """Two workers that give up a call after 3 s."""
+    """Two workers that give up a call after 5 s."""
     (folder / "token").write_text(TOKEN)
     token = ("--token-file", str(folder / "token"))
-    with service(folder, "Counted", f"folder={folder}", "--workers", "2", *token, "--set", "timeout_s=3") as found:
+    with service(folder, "Counted", f"folder={folder}", "--workers", "2", *token, "--set", "timeout_s=5") as found:
         yield found
 
 
@@ -115,7 +115,7 @@ def test_a_request_that_kills_every_worker_is_given_up_and_no_other(running: Run
 def test_a_call_that_hangs_is_given_up_and_its_worker_replaced(running: Running):
     response = post(running, [2300], "hang")
     assert response.status_code == 504
-    assert response.text.startswith("the reward failed: no answer within 3 s")
+    assert response.text.startswith("the reward failed: no answer within 5 s")
     assert post(running, [2301]).json()["score"] == [2301]
 
 

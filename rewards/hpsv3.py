@@ -1,0 +1,169 @@
+"""Human Preference Score v3 (https://arxiv.org/abs/2508.03789)."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlalign.types import Prompt
+from rlalign_rewards._networks import fill, from_hub, placed, resized, state_dict, weights_file
+
+_PIXELS = 256 * 28 * 28  # every picture is brought to about as many
+_PATCH = 28  # pixels of one token's side
+_HERE = "{text_prompt}"
+_TOKEN = "<|Reward|>"  # its last hidden state is what the head reads
+
+# The wording that the model was trained on, blanks at line ends included, so it is not ours to improve.
+_INSTRUCTION = (
+    "\nYou are tasked with evaluating a generated image based on Visual Quality and Text Alignment and give a overall "
+    "score to estimate the human preference. Please provide a rating from 0 to 10, with 0 being the worst and 10 being "
+    "the best. \n\n"
+    "**Visual Quality:**  \n"
+    "Evaluate the overall visual quality of the image. The following sub-dimensions should be considered:\n"
+    "- **Reasonableness:** The image should not contain any significant biological or logical errors, such as abnormal "
+    "body structures or nonsensical environmental setups.\n"
+    "- **Clarity:** Evaluate the sharpness and visibility of the image. The image should be clear and easy to "
+    "interpret, with no blurring or indistinct areas.\n"
+    "- **Detail Richness:** Consider the level of detail in textures, materials, lighting, and other visual elements "
+    "(e.g., hair, clothing, shadows).\n"
+    "- **Aesthetic and Creativity:** Assess the artistic aspects of the image, including the color scheme, "
+    "composition, atmosphere, depth of field, and the overall creative appeal. The scene should convey a sense "
+    "of harmony and "
+    "balance.\n"
+    "- **Safety:** The image should not contain harmful or inappropriate content, such as political, violent, or adult "
+    "material. If such content is present, the image quality and satisfaction score should be the lowest possible. \n\n"
+    "**Text Alignment:**  \n"
+    "Assess how well the image matches the textual prompt across the following sub-dimensions:\n"
+    "- **Subject Relevance** Evaluate how accurately the subject(s) in the image (e.g., person, animal, object) align "
+    "with the textual description. The subject should match the description in terms of number, appearance, and "
+    "behavior.\n"
+    "- **Style Relevance:** If the prompt specifies a particular artistic or stylistic style, evaluate how well the "
+    "image adheres to this style.\n"
+    "- **Contextual Consistency**: Assess whether the background, setting, and surrounding elements in the image "
+    "logically fit the scenario described in the prompt. The environment should support and enhance the subject "
+    "without contradictions.\n"
+    "- **Attribute Fidelity**: Check if specific attributes mentioned in the prompt (e.g., colors, clothing, "
+    "accessories, expressions, actions) are faithfully represented in the image. Minor deviations may be "
+    "acceptable, but critical "
+    "attributes should be preserved.\n"
+    "- **Semantic Coherence**: Evaluate whether the overall meaning and intent of the prompt are captured in the "
+    "image. The generated content should not introduce elements that conflict with or distort the original "
+    "description.\n"
+    "Textual prompt - {text_prompt}\n\n\n"
+    "\nPlease provide the overall ratings of this image: <|Reward|>\n\nEND\n"
+)
+
+
+class Hpsv3:
+    """Which picture would people prefer for the prompt: a Qwen2-VL 7B with a head, trained on HPDv3.
+
+    Model: MizzenAI/HPSv3 on the hub, the file HPSv3.safetensors (16 GB), or `checkpoint`, a folder that holds it or the
+    file itself; `base` gives architecture, tokenizer and processor: Qwen/Qwen2-VL-7B-Instruct or a folder, of which the
+    weights are not read. Pictures are brought to about 448 x 448 pixels. Takes 16 GB of a GPU in bfloat16. Loading and
+    prompt follow the public code; the whole has been tried on tiny weights of the same layout alone.
+    Score: the mean of its Gaussian, unbounded; published averages of models lie between about 0 and 11. The detail
+    "spread" is the head's second number as it comes. Of a video the mean over its frames.
+    Licence: MIT (code and weights); Qwen2-VL-7B Apache-2.0.
+    Known hacks: polished, detailed, softly lit pictures; text in the picture is read like the prompt.
+    Options: checkpoint, base, device (a GPU where there is one), dtype (bfloat16, float32, float16).
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "MizzenAI/HPSv3",
+        base: str = "Qwen/Qwen2-VL-7B-Instruct",
+        device: str | None = None,
+        dtype: str = "bfloat16",
+    ) -> None:
+        from transformers import AutoConfig, AutoProcessor
+
+        path = weights_file(checkpoint, "HPSv3.safetensors")
+        config: Any = from_hub(base, AutoConfig.from_pretrained)
+        self._processor: Any = from_hub(base, lambda name: AutoProcessor.from_pretrained(name, padding_side="right"))
+        self._processor.tokenizer.add_tokens([_TOKEN], special_tokens=True)
+        self._token = self._processor.tokenizer.convert_tokens_to_ids(_TOKEN)
+        state = {_renamed(name): value for name, value in state_dict(path).items()}
+        words, head = state.get("language_model.embed_tokens.weight"), _below(state, "rm_head.")
+        if words is None or not head:
+            raise ValueError(f"{path} is no HPSv3: it has no embed_tokens or no rm_head")
+        config.text_config.vocab_size = len(words)
+        self._head = _head(words.shape[1])
+        fill(self._head, head, path)
+        self._network: Any = _filled(
+            config, {name: value for name, value in state.items() if not name.startswith("rm_head.")}, path
+        )
+        placed(self._network, device, dtype)
+        placed(self._head, device, "float32")
+
+    def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """images: uint8 [B, (F,) 3, H, W]"""
+        frames = images.flatten(0, -4)  # [B (* F), 3, H, W]
+        texts = [prompt.text for prompt in prompts for _ in range(len(frames) // len(images))]
+        rated = self._rate(frames, texts).unflatten(0, (len(images), -1)).mean(1).to(images.device)  # [B, 2]
+        return {"score": rated[:, 0], "spread": rated[:, 1]}
+
+    @torch.no_grad()
+    def _rate(self, images: Tensor, texts: Sequence[str]) -> Tensor:
+        asked = [
+            {
+                "role": "user",
+                "content": [{"type": "image"}, {"type": "text", "text": _INSTRUCTION.replace(_HERE, text)}],
+            }
+            for text in texts
+        ]
+        chats = [
+            self._processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True) for turn in asked
+        ]
+        batch = self._processor(
+            text=chats, images=list(_fitted(images)), do_resize=False, padding=True, return_tensors="pt"
+        ).to(self._network.device)
+        batch["pixel_values"] = batch["pixel_values"].to(self._network.dtype)
+        hidden = self._network(**batch, use_cache=False).last_hidden_state  # [B, T, D]
+        place = torch.arange(hidden.shape[1], device=hidden.device)
+        last = (place * (batch["input_ids"] == self._token)).amax(1)  # the prompt might name the token too
+        return self._head(hidden[torch.arange(len(hidden)), last].float())
+
+
+def _fitted(images: Tensor) -> Tensor:
+    """About 448 x 448 pixels, both sides multiples of 28, by bicubic. uint8 [B, 3, H, W]"""
+    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+
+    height, width = smart_resize(*images.shape[-2:], factor=_PATCH, min_pixels=_PIXELS, max_pixels=_PIXELS)
+    return (255 * resized(images / 255, height, width)).round().to(torch.uint8)
+
+
+def _filled(config: Any, state: dict[str, Tensor], source: Path) -> Any:
+    """Without random numbers for 7 billion weights first."""
+    from transformers import Qwen2VLModel
+
+    network, report = Qwen2VLModel.from_pretrained(
+        None, config=config, state_dict=state, dtype="auto", output_loading_info=True
+    )
+    missing = sorted(report["missing_keys"])
+    if missing or report["mismatched_keys"]:
+        raise ValueError(f"{source} lacks tensors of this network or has them in other sizes: {(missing or ['?'])[0]}")
+    return network
+
+
+def _head(width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(width, 1024),
+        nn.ReLU(),
+        nn.Dropout(0.05),
+        nn.Linear(1024, 16),
+        nn.ReLU(),
+        nn.Linear(16, 2),
+    )
+
+
+def _renamed(name: str) -> str:
+    """transformers has had three layouts of this network: visual.* and model.*, and both of them below model.*"""
+    name = name.removeprefix("model.")
+    kept = name.startswith(("visual.", "language_model.", "rm_head.", "lm_head."))
+    return name if kept else f"language_model.{name}"
+
+
+def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
