@@ -139,7 +139,7 @@ def test_velocities_under_other_weights_have_no_graph():
 def test_a_guided_reference_needs_negative_prompts():
     policy, sample = make_policy(), data(make_policy(), 0, rows=3)
     (at,) = at_times(TimeSettings(num_times=1), sample, Noise(0))
-    with pytest.raises(ValueError, match="guidance_scale above 1"):
+    with pytest.raises(ValueError, match="encodes no negative prompts"):
         fixed_velocity(policy, "reference", sample, at, guidance=4.5)
 
 
