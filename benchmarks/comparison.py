@@ -4,8 +4,8 @@
     python benchmarks/comparison.py --only nft grpo --seeds 0
 
 A run is the real command line in a process of its own, with one thread, and its folder under --to; runs that are
-finished are not run again. What is counted leaves evaluations out: rows that pass through the network in rollouts and
-updates, rows of those that keep a graph for the backward pass, and CPU seconds from the first step to the last.
+finished are not run again. What is counted leaves evaluations out: passes of the network, one a latent, in
+rollouts and updates, those that keep a graph for the backward pass, and CPU seconds from the first step to the last.
 The divergence is the same for all: path KL in nats of the trained policy from the base model, over the ten steps of
 Flow-SDE with a = 0.7 (all but the last stochastic), on 64 held-out samples.
 Writes table.md, results.json, curves.png and curves/NAME.png to --to; with --docs what the pages show, too.
@@ -78,7 +78,7 @@ class Counter:
     """Counts the work of a run from inside of it."""
 
     def __init__(self) -> None:
-        self.rows = self.with_graph = 0
+        self.passes = self.with_graph = 0
         self.cpu = 0.0
         self.counting = False
         self.policy: Any = None
@@ -99,7 +99,7 @@ class Counter:
         def guided_and_counted(policy: Any, x: Any, times: Any, cond: Any, uncond: Any, scale: float) -> Any:
             if self.counting:
                 passes = len(x) * (2 if uncond is not None and scale != 1 else 1)
-                self.rows += passes
+                self.passes += passes
                 self.with_graph += passes * torch.is_grad_enabled()
             return guided(policy, x, times, cond, uncond, scale)
 
@@ -158,7 +158,7 @@ def one(changes: str, seed: int, run: Path) -> None:
 
     config = yaml.safe_load((run / "config.yaml").read_text())
     prompts = PromptSet.read(Path(config["prompts"]["heldout"])).first(KL_SAMPLES)
-    counts = {"rows": counter.rows, "with_graph": counter.with_graph, "cpu_s": counter.cpu}
+    counts = {"passes": counter.passes, "with_graph": counter.with_graph, "cpu_s": counter.cpu}
     counts["path_kl"] = path_kl(counter.policy, prompts)
     (run / "counts.json").write_text(json.dumps(counts))
 
@@ -172,7 +172,7 @@ class Result:
     images: int
     curve: list[tuple[int, float]]  # steps, held-out reward
     diversity: float
-    rows: int
+    passes: int
     with_graph: int
     cpu_s: float
     path_kl: float
@@ -182,10 +182,10 @@ class Result:
         return self.curve[-1][1]
 
     def cost_of(self, reward: float) -> float | None:
-        """Rows through the network until the curve, straight between evaluations, is at ``reward``; None: never."""
+        """Passes of the network until the curve, straight between evaluations, is at ``reward``; None: never."""
         for (step, low), (after, high) in zip(self.curve, self.curve[1:], strict=False):
             if low < reward <= high:
-                return self.rows / self.curve[-1][0] * (step + (reward - low) / (high - low) * (after - step))
+                return self.passes / self.curve[-1][0] * (step + (reward - low) / (high - low) * (after - step))
         return None
 
 
@@ -218,7 +218,7 @@ def train(name: str, seed: int, to: Path) -> None:
 def table(results: Sequence[Result]) -> str:
     """A row a run, then a row of means an algorithm, best first."""
     head = "| | seed | before | " + " | ".join(f"{step} steps" for step, _ in results[0].curve[1:])
-    lines = [f"{head} | diversity | path KL, nats | images | network rows | of these with graph | CPU s |"]
+    lines = [f"{head} | diversity | path KL, nats | images | network passes | of these with graph | CPU s |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
     names = dict.fromkeys(result.name for result in results)
     of = {name: [result for result in results if result.name == name] for name in names}
@@ -234,28 +234,28 @@ def _row(name: str, seed: str, results: Sequence[Result]) -> str:
     first = results[0]
     diversity, kl, cpu = (fmean(getattr(r, key) for r in results) for key in ("diversity", "path_kl", "cpu_s"))
     return (
-        f"| {name} | {seed} | {curve} | {diversity:.2f} | {kl:.3g} | {first.images:,} | {first.rows:,} | "
+        f"| {name} | {seed} | {curve} | {diversity:.2f} | {kl:.3g} | {first.images:,} | {first.passes:,} | "
         f"{first.with_graph:,} | {cpu:.0f} |"
     )
 
 
 def plot(results: Sequence[Result], path: Path, highlighted: str | None = None) -> None:
-    """Means over seeds against network rows; ``highlighted`` in colour, the others grey."""
+    """Means over seeds against passes of the network; ``highlighted`` in colour, the others grey."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for number, name in enumerate(dict.fromkeys(result.name for result in results)):
         same = [result for result in results if result.name == name]
         steps = [step for step, _ in same[0].curve]
         means = [fmean(r.curve[i][1] for r in same) for i in range(len(steps))]
-        rows = [step * same[0].rows / steps[-1] / 1000 for step in steps]
+        passes = [step * same[0].passes / steps[-1] / 1000 for step in steps]
         loud = highlighted is None or name == highlighted
         style: dict[str, Any] = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10]}
         if not loud:
             style = {"color": "0.85"}
-        axes.plot(rows, means, label=name if loud else None, zorder=2 + loud, **style)
+        axes.plot(passes, means, label=name if loud else None, zorder=2 + loud, **style)
         if name == highlighted:
             for result in same:
-                axes.plot(rows, [reward for _, reward in result.curve], color=style["color"], alpha=0.35, zorder=2)
-    axes.set(xlabel="thousand rows through the network", ylabel="held-out composition accuracy")
+                axes.plot(passes, [reward for _, reward in result.curve], color=style["color"], alpha=0.35, zorder=2)
+    axes.set(xlabel="thousand passes of the network", ylabel="held-out composition accuracy")
     axes.legend(fontsize=7, ncols=2)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)

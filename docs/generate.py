@@ -86,12 +86,12 @@ def compared() -> dict[str, list[Run]]:
 def comparison() -> Iterator[str]:
     steps = [step for step, _ in next(iter(compared().values()))[0]["curve"]]
     curve = " | ".join(f"{step} steps" for step in steps[1:])
-    yield f"| | seeds | before | {curve} | diversity | path KL, nats | network rows | with graph | CPU s |"
+    yield f"| | seeds | before | {curve} | diversity | path KL, nats | network passes | with graph | CPU s |"
     yield "|---" * (len(steps) + 7) + "|"
     for name, runs in compared().items():
         curve = " | ".join(f"{_mean(runs, lambda run, i=i: run['curve'][i][1]):.3f}" for i in range(len(steps)))
         ends = [_mean(runs, lambda run, key=key: run[key]) for key in ("diversity", "path_kl", "cpu_s")]
-        rows = f"{runs[0]['rows']:,} | {runs[0]['with_graph']:,}"
+        rows = f"{runs[0]['passes']:,} | {runs[0]['with_graph']:,}"
         yield f"| {name} | {len(runs)} | {curve} | {ends[0]:.2f} | {ends[1]:.3g} | {rows} | {ends[2]:.0f} |"
 
 
@@ -107,7 +107,7 @@ def curve(name: str) -> Iterator[str]:
     yield (
         f"{steps} steps of {runs[0]['images'] // steps} images, {_seeds(len(runs))}: held-out composition accuracy"
         f" {first:.3f} → {last:.3f}, {kl:.3g} nats from the base model, diversity {diversity:.2f},"
-        f" {runs[0]['rows']:,} rows through the network. [All algorithms side by side](../comparison.md)."
+        f" {runs[0]['passes']:,} passes of the network. [All algorithms side by side](../comparison.md)."
     )
     yield ""
     yield f"![{name} among the others](../assets/comparison/{name.partition(' ')[0]}.png)"

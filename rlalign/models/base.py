@@ -17,7 +17,7 @@ PredictionType = Literal["velocity", "epsilon", "sample", "v_prediction"]
 
 
 class Unusable(ValueError):
-    """A prompt or a setting of guidance that this model cannot make samples of; one sentence for the user."""
+    """What this model cannot do for a run: a prompt, guidance, or steps that train none of its nets; one sentence."""
 
 
 class Family(Protocol):

@@ -17,6 +17,7 @@ from rlalign.algorithms.regularise import Regulariser
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
+from rlalign.mdp.rollout import in_micro_batches
 from rlalign.models.base import Unusable
 from rlalign.policy import Policy
 from rlalign.settings import Settings
@@ -25,7 +26,6 @@ from rlalign.types import State, Trajectory
 from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.group import Group, sum_gradients
-from rlalign.workers.sampler import in_micro_batches
 from rlalign.workers.weights import Manifest, Memory, describe, pack
 
 

@@ -29,7 +29,7 @@ def result(benchmark, name: str, seed: int, *rewards: float):
     return benchmark.Result(name, seed, 5760, curve, 0.9, 1000 * curve[-1][0], 10, 5.0, 2.0)
 
 
-def test_rows_of_rollouts_and_updates_are_counted_and_evaluations_are_not(
+def test_passes_of_rollouts_and_updates_are_counted_and_evaluations_are_not(
     benchmark, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(benchmark, "STEPS", 2)
@@ -39,7 +39,7 @@ def test_rows_of_rollouts_and_updates_are_counted_and_evaluations_are_not(
     images, checks = 16, 3  # two steps of 8; beside the work itself the canary and the divergence take passes of 8
     assert counts["with_graph"] == images * 2
     work = images * (3 + 2 * 2)  # three steps; two times, each under the old weights and the present ones
-    assert work <= counts["rows"] <= work + 8 * 2 * checks
+    assert work <= counts["passes"] <= work + 8 * 2 * checks
     assert counts["cpu_s"] > 0 and counts["path_kl"] > 0
     read = benchmark.read("nft", 0, tmp_path / "run")
     assert [step for step, _ in read.curve] == [0, 1, 2] and read.images == images

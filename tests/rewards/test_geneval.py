@@ -115,7 +115,8 @@ class FakeClip:
 def test_every_object_gets_its_own_colour() -> None:
     image = torch.zeros(3, 32, 32, dtype=torch.uint8)
     image[0, :, :16] = image[2, :, 16:] = 250
-    colors = module.Colors(FakeClip())  # type: ignore[arg-type]
+    clip: Any = FakeClip()
+    colors = module.Colors(clip)
     assert colors(image, [thing("cat", 6), thing("cat", 25)], "cat") == ["red", "blue"]
 
 
@@ -181,5 +182,6 @@ def test_prompts_that_cannot_be_judged_are_refused(metadata: dict[str, Any], com
 def test_without_weights_it_says_so() -> None:
     with pytest.raises(ValueError, match="hf download facebook/mask2former-swin-small-coco-instance"):
         Geneval()
+    wrong: dict[str, Any] = {"reward": "loose"}
     with pytest.raises(ValueError, match="reward 'loose' is none of strict, share"):
-        Geneval(reward="loose")  # type: ignore[arg-type]
+        Geneval(**wrong)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -184,6 +185,6 @@ def test_the_token_comes_from_the_environment(stub: Stub, monkeypatch: pytest.Mo
         ({"url": "http://h/v1", "parallel": 0}, "have to be positive"),
     ],
 )
-def test_impossible_options_are_refused(options: dict[str, object], complaint: str) -> None:
+def test_impossible_options_are_refused(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ValueError, match=complaint):
-        VlmJudge(model="judge", **options)  # type: ignore[arg-type]
+        VlmJudge(model="judge", **options)

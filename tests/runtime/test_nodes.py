@@ -60,7 +60,7 @@ def test_a_run_outlives_a_machine(cluster: Cluster, tmp_path: Path, monkeypatch:
     assert cli.run([*run, "--run-dir", "calm"]) == 0
     remove = partial(cluster.remove_node, machines[0], allow_graceful=False)
     killer = in_background(lambda: rows(Path("wild")) >= 2, remove)
-    more = ["runtime.kind=ray", "runtime.samplers=4", "runtime.sampler_labels={pool: samplers}"]
+    more = ["runtime.kind=ray", "runtime.spares=false", "runtime.samplers=4", "runtime.sampler_labels={pool: samplers}"]
     assert cli.run([*run, *more, "runtime.min_samplers=2", "--run-dir", "wild"]) == 0
     killer.join(30)
     assert result(Path("wild")) == result(Path("calm"))

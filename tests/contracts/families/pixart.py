@@ -12,6 +12,7 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, PixArtSigmaPipeline, PixArtTransformer2DModel
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from rlalign.models.lora import LORA_FILE
@@ -79,7 +80,7 @@ class PlainPixArt:
 def lora_by_peft(net: PixArtTransformer2DModel, folder: Path) -> None:
     with safe_open(folder / LORA_FILE, "pt") as file:
         own = json.loads(file.metadata()["lora_adapter_metadata"])
-        state = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    state = {name.removeprefix("transformer."): tensor for name, tensor in load_file(folder / LORA_FILE).items()}
     inject_adapter_in_model(LoraConfig(**{name.removeprefix("transformer."): own[name] for name in own}), net)
     set_peft_model_state_dict(net, state)
 
