@@ -107,7 +107,20 @@ def _doubts(config: "RunConfig") -> Iterator[str]:
     trajectory = config.algorithm_module.Algorithm(config.algorithm).needs.trajectory
     if trajectory and rollout.logprob_reduction == "mean" and config.optimizer.eps > LARGE_EPS:
         yield f"optimizer.eps {config.optimizer.eps:g} can swallow the tiny gradients of mean log-probs; 1e-15 is safe"
+    yield from _guidance_doubts(config)
     yield from _prompt_doubts(config)
+
+
+def _guidance_doubts(config: "RunConfig") -> Iterator[str]:
+    trained, judged = config.rollout.guidance_scale, config.evaluation.guidance_scale
+    told = "guidance" in type(config.model).model_fields  # of families whose net is told a number
+    if told and trained != 1:
+        yield (
+            f"rollout.guidance_scale {trained:g} adds a second pass of the net, away from the negative prompt, to "
+            "model.guidance, which this family is told anyway; 1 leaves it out"
+        )
+    elif trained != 1 and judged == 1:
+        yield f"rollout.guidance_scale is {trained:g}, but evaluation.guidance_scale 1 judges without guidance"
 
 
 def _prompt_doubts(config: "RunConfig") -> Iterator[str]:

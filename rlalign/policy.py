@@ -1,5 +1,6 @@
 """A policy: a family's net, its weights under several names, and the kernel; sampler and learner share it."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -184,7 +185,7 @@ class Policy:
         if not lora:
             self.keep("reference")
         first = next(iter(parameters.values()))
-        self.device, self.dtype = first.device, next(next(iter(family.nets.values())).parameters()).dtype
+        self.device, self.dtype = first.device, _main_dtype(next(iter(family.nets.values())))
 
     # --- weights under several names
 
@@ -367,6 +368,14 @@ class Policy:
         own = x if sample.schedule.table is None else x * (level.alpha + level.sigma)
         scale = self.settings.guidance_scale if guidance is None else guidance
         return self.predict(own, time, level, sample.cond, sample.uncond, scale)
+
+
+def _main_dtype(net: nn.Module) -> torch.dtype:
+    """That of most weights: libraries keep some tables in float32, and adapters are float32."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in net.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    return counts.most_common(1)[0][0]
 
 
 def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, group: int) -> tuple[Tensor, Tensor]:

@@ -75,6 +75,12 @@ class PromptSet:
         """The first ``count``, going round when there are fewer."""
         return tuple(self._opened(i % len(self.prompts)) for i in range(count))
 
+    def spread(self, count: int) -> tuple[Prompt, ...]:
+        """``count`` of them from all over the file, which may be sorted by task; going round when there are fewer."""
+        if count >= len(self.prompts):
+            return self.first(count)
+        return tuple(self._opened(index) for index in evenly(len(self.prompts), count))
+
     def _opened(self, index: int) -> Prompt:
         prompt, size = self.prompts[index], self.size
         if size is None or not prompt.files:
@@ -86,6 +92,12 @@ class PromptSet:
             image=prompt.image if image is None else read_image(image, size),
             video=torch.stack(frames) if frames else prompt.video,
         )
+
+
+def evenly(number: int, wanted: int) -> tuple[int, ...]:
+    """At most ``wanted`` of the places 0..number-1, at even distances."""
+    count = min(number, wanted)
+    return tuple(number * i // count for i in range(count))
 
 
 def drawn(prompts: Sequence[Prompt], samples: int, seed: int, step: int) -> tuple[Prompt, ...]:

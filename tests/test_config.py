@@ -224,6 +224,16 @@ def test_presets_are_sound(run: Path, name: str):
         assert values == type(values).model_validate({**values.model_dump(), **preset[block]})
 
 
+@pytest.mark.parametrize("name", ["flow_grpo_flux", "flow_grpo_kontext", "dance_flux", "dance_flux_lora", "mix_flux"])
+def test_presets_for_nets_that_are_told_their_guidance_leave_out_the_second_pass(run: Path, name: str):
+    lines = [line for line in RUN.splitlines() if line.startswith(("model", "prompts", "rewards"))]
+    run.write_text("\n".join([*lines[1:], "model: {family: flux, path: .}"]))
+    told = load(run, [f"algorithm={name}"])
+    assert told.rollout.guidance_scale == 1 and told.model.model_dump()["guidance"] == 3.5
+    assert "second pass" not in "\n".join(warnings(told))
+    assert "second pass" in "\n".join(warnings(load(run, [f"algorithm={name}", "rollout.guidance_scale=3.5"])))
+
+
 def test_only_times_of_the_rollouts_grid_are_limited_by_it(run: Path):
     few = ["rollout.num_steps=4", "algorithm.num_times=5"]
     assert load(run, ["algorithm=ram", *few]).algorithm.num_times == 5  # drawn from (0, 1)
@@ -240,6 +250,8 @@ def test_doubtful_settings_are_warned_of(run: Path):
     assert "groups of 4" in words("rollout.samples_per_prompt=4")
     assert "padding" in words("rollout.micro_batch=64")
     assert "optimizer.eps" in words("optimizer.eps=1e-8")
+    assert "judges without guidance" in words("rollout.guidance_scale=4.5")
+    assert words("rollout.guidance_scale=4.5", "evaluation.guidance_scale=4.5") == ""
     assert "training file" in words(f"prompts.heldout={run.parent}/train.txt")
     assert "repeats" in words("rollout.prompts_per_step=5")
     (run.parent / "heldout.txt").write_text("a\n")

@@ -28,6 +28,7 @@ def _steps(number: int, guidance: float, noise_level: float, **other: Any) -> di
     return {**own, "kernel": "flow_sde", "window": None, **other}
 
 
+_TOLD = 1.0  # no second pass: FLUX is told its guidance, by model.guidance, whose default is the published one
 _OLD: dict[str, Any] = {"last_step": "sde_untrained", "uncond_grad": False}  # flow_grpo's first pipeline
 _CPS: dict[str, Any] = {"kernel": "cps", "cps_logprob": "unscaled", "window": {"size": 3, "range": (0, 5)}}
 _TWO: dict[str, Any] = {"window": {"size": 2, "range": (0, 5)}}
@@ -48,27 +49,27 @@ PRESETS: dict[str, dict[str, Any]] = {
     "flow_grpo_sd35": _preset((48, 24), _steps(10, 4.5, 0.7, **_OLD), _KL, ema=True),
     "flow_grpo_sd35_1gpu": _preset((8, 8), _steps(10, 4.5, 0.7, **_OLD), _KL, ema=True),
     "flow_grpo_fast_sd35": _preset((48, 24), _steps(10, 1.0, 0.8, **_CPS), {"clip_range": 1e-5}, ema=True),
-    "flow_grpo_flux": _preset((48, 24), _steps(6, 3.5, 0.9, **_OLD), {}, ema=True),
-    "flow_grpo_kontext": _preset((48, 21), _steps(6, 2.5, 0.9, **_OLD), {}, ema=True),
+    "flow_grpo_flux": _preset((48, 24), _steps(6, _TOLD, 0.9, **_OLD), {}, ema=True),
+    "flow_grpo_kontext": _preset((48, 21), _steps(6, _TOLD, 0.9, **_OLD), {}, ema=True),
     "flow_grpo_qwen": _preset((32, 16), _steps(10, 4.0, 1.2, uncond_grad=False, **_TWO), {}, lora=(64, 128)),
     "verl_sd35": _preset((8, 8), _steps(10, 1.0, 0.8, **_CPS), {"clip_range": 1e-5, **_UNBIASED}, lr=1e-4),
     "verl_qwen": _preset((32, 16), _steps(10, 4.0, 1.2, **_TWO), {"clip_range": 1e-5, **_UNBIASED}, lora=(64, 128)),
     "dance_flux": _preset(
         (16, 12),
-        _steps(16, 3.5, 0.3, **_DANCE | {"kernel": "dance_sde", "train_fraction": 0.6}),
+        _steps(16, _TOLD, 0.3, **_DANCE | {"kernel": "dance_sde", "train_fraction": 0.6}),
         {"updates_per_step": 3, **_GROUP},
         lr=1e-5,
         lora=None,
     ),
     "dance_flux_lora": _preset(
         (8, 12),
-        _steps(12, 3.5, 0.3, **_DANCE | {"kernel": "dance_sde", "train_fraction": 0.6}),
+        _steps(12, _TOLD, 0.3, **_DANCE | {"kernel": "dance_sde", "train_fraction": 0.6}),
         {"updates_per_step": 1, **_GROUP},
         lora=(128, 256),
     ),
     "mix_flux": _preset(
         (32, 12),
-        _steps(25, 3.5, 0.7, **_DANCE | {"window": {"size": 4, "range": (0, 24)}}),
+        _steps(25, _TOLD, 0.7, **_DANCE | {"window": {"size": 4, "range": (0, 24)}}),
         {"updates_per_step": 4, **_GROUP | {"advantage": "advantage_aggr"}},
         lr=1e-5,
         lora=None,

@@ -1,6 +1,7 @@
 """sample: pictures from a run, from a run file's model, or from a model folder."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlalign import runfile
+from rlalign import models, plugins, runfile
 from rlalign.build import load_policy
 from rlalign.commands.problems import in_preparation, in_training
 from rlalign.commands.runs import Trained, Weights, config_of, is_run, trained
@@ -93,16 +94,28 @@ def _is_model(target: str) -> bool:
 def _config_of_model(path: str, overrides: Sequence[str]) -> RunConfig:
     """A bare model in the diffusers layout: the blocks that training would need are there in form only."""
     folder = Path(model_path(path))
-    side = _json(folder / "transformer/config.json").get("sample_size", 64)
+    index = _json(folder / "model_index.json")
+    nets = [_json(folder / net / "config.json") for net in ("transformer", "unet")]
+    side = next((net["sample_size"] for net in nets if isinstance(net.get("sample_size"), int)), 64)
     stages = len(_json(folder / "vae/config.json").get("block_out_channels", [0] * 4))
-    has_t5 = _json(folder / "model_index.json").get("text_encoder_3", [None, None])[0] is not None
+    family = _family(index.get("_class_name", ""))
+    has_t5 = index.get("text_encoder_3", [None, None])[0] is not None
     tree: dict[str, Any] = {
-        "model": {"family": "sd3", "path": path, **({} if has_t5 else NO_T5)},
+        "model": {"family": family, "path": path, **(NO_T5 if family == "sd3" and not has_t5 else {})},
         "prompts": {"train": NO_PROMPTS, "heldout": NO_PROMPTS},
         "rollout": {"size": [side * 2 ** (stages - 1)] * 2},
         "rewards": ["none"],
     }
     return resolve(tree, Path(), path, runfile.parse(overrides))
+
+
+def _family(pipeline: str) -> str:
+    """The family whose file names that pipeline of diffusers, read and not imported, which would take seconds each."""
+    for name in plugins.names("model"):
+        source = Path(models.__path__[0], f"{name}.py").read_text(encoding="utf-8")
+        if re.search(rf"\b{re.escape(pipeline)}\b", source):
+            return name
+    return "diffusers"
 
 
 def _json(path: Path) -> dict[str, Any]:

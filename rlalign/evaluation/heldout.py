@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlalign.pipeline import split
 from rlalign.policy import RolloutConfig
-from rlalign.prompts import PromptSet
+from rlalign.prompts import PromptSet, evenly
 from rlalign.runtime.pool import Pool
 from rlalign.settings import Settings
 from rlalign.types import Scores, Unit
@@ -24,7 +24,7 @@ class EvaluationConfig(Settings):
     every: int = Field(default=20, ge=0)
     """Steps between evaluations; 0: only at the start and the end."""
     num_images: int = Field(default=512, ge=2)
-    """Images in all: num_images / samples_per_prompt prompts from the top of the held-out file."""
+    """Images in all: num_images / samples_per_prompt prompts, spread evenly over the held-out file."""
     samples_per_prompt: int = Field(default=4, ge=2)
     """Images of a prompt; diversity is measured between them."""
     weights: Literal["policy", "ema", "old"] = "policy"
@@ -57,22 +57,16 @@ def evaluate(
 ) -> Evaluation:
     """Scores of every role on the same prompts and the same initial noise, whatever the step."""
     plan, samples = settings.rollout(training), settings.samples_per_prompt
-    chosen = prompts.first(-(-settings.num_images // samples))
+    chosen = prompts.spread(-(-settings.num_images // samples))
     units = split(0, chosen, samples, plan.micro_batch, purpose="evaluation")
     images = [samplers.submit("sample", unit, plan, settings.weights, returns=2)[1] for unit in units]
     roles = ("train", "monitor", "heldout")
     scored = [scorers.submit("score", image, unit, roles) for unit, image in zip(units, images, strict=True)]
     scores = Scores.concat(scorers.get(scored))
-    shown = spread(len(chosen), GRID_PROMPTS)
+    shown = evenly(len(chosen), GRID_PROMPTS)
     unit = Unit(0, shown, tuple(chosen[group] for group in shown), samples, "evaluation")
     (pictures,) = samplers.get([samplers.submit("sample", unit, plan, settings.weights, returns=2)[1]])
     return Evaluation(summary(scores), pictures.unflatten(0, (-1, samples)), [prompt.text for prompt in unit.prompts])
-
-
-def spread(number: int, wanted: int) -> tuple[int, ...]:
-    """At most ``wanted`` of the places 0..number-1, evenly: files are often sorted by task."""
-    count = min(number, wanted)
-    return tuple(number * i // count for i in range(count))
 
 
 def summary(scores: Scores) -> dict[str, float]:

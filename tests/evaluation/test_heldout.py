@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from rlalign.evaluation.heldout import EvaluationConfig, evaluate, spread, summary
-from rlalign.prompts import PromptSet
+from rlalign.evaluation.heldout import EvaluationConfig, evaluate, summary
+from rlalign.prompts import PromptSet, evenly
 from rlalign.runtime.local import LocalPool
 from rlalign.types import Prompt, RewardScores, Scores, Unit
 from rlalign.workers.scorer import group_distance, nearest, pixel_distances
@@ -49,7 +49,14 @@ def test_invalid_scores_and_details_that_do_not_apply_are_left_out() -> None:
 
 @pytest.mark.parametrize(("number", "places"), [(3, (0, 1, 2)), (8, tuple(range(8))), (80, tuple(range(0, 80, 10)))])
 def test_shown_prompts_are_spread_evenly(number: int, places: tuple[int, ...]) -> None:
-    assert spread(number, 8) == places
+    assert evenly(number, 8) == places
+
+
+def test_a_few_prompts_are_judged_from_all_over_the_file() -> None:
+    """Files are often sorted by task."""
+    prompts = PromptSet(tuple(Prompt(str(i)) for i in range(20)))
+    assert [prompt.text for prompt in prompts.spread(4)] == ["0", "5", "10", "15"]
+    assert prompts.spread(20) == prompts.first(20) and prompts.spread(30) == prompts.first(30)
 
 
 def test_group_distance_is_the_mean_pairwise_rms() -> None:

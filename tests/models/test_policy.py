@@ -101,6 +101,16 @@ def test_unscaled_and_summed_log_probs(folder: Path):
         assert torch.equal(policy.log_prob(step.gaussian, trajectory.x_next[:, 1]), trajectory.log_probs[:, 1])
 
 
+def test_a_policy_computes_in_the_precision_of_most_weights(folder: Path):
+    """Libraries keep a table or two in float32, as Wan's, and adapters are float32."""
+    family = sd3_policy(folder).family
+    net = next(iter(family.nets.values())).to(torch.bfloat16)
+    first = next(net.parameters())
+    first.data = first.data.float()
+    parameters = {"all": first}
+    assert Policy(family, sd3_policy(folder).settings, parameters, lora=True).dtype == torch.bfloat16
+
+
 def test_other_weights_give_other_log_probs(folder: Path):
     policy = sd3_policy(folder, micro_batch=3)
     trajectory = sample(policy)
