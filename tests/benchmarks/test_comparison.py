@@ -1,6 +1,7 @@
 """The benchmark counts what runs through the network, and its table and curves say what the runs wrote."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,17 @@ def test_passes_of_rollouts_and_updates_are_counted_and_evaluations_are_not(
     assert counts["cpu_s"] > 0 and counts["path_kl"] > 0
     read = benchmark.read("nft", 0, tmp_path / "run")
     assert [step for step, _ in read.curve] == [0, 1, 2] and read.images == images
+
+
+def test_new_runs_join_those_that_are_published(benchmark, tmp_path: Path):
+    published = [result(benchmark, "grpo", 0, 0.4, 0.5), result(benchmark, "nft", 0, 0.4, 0.6)]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([asdict(one) for one in published]))
+    merged = benchmark.with_published(
+        [result(benchmark, "nft", 1, 0.4, 0.7), result(benchmark, "grpo", 0, 0.4, 0.8)], path
+    )
+    assert [(one.name, one.seed, one.final) for one in merged] == [("nft", 0, 0.6), ("nft", 1, 0.7), ("grpo", 0, 0.8)]
+    assert benchmark.with_published([], tmp_path / "none.json") == []
 
 
 def test_the_cost_of_a_reward_is_read_off_between_evaluations(benchmark):
