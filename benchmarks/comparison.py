@@ -4,8 +4,9 @@
     python benchmarks/comparison.py --only nft grpo --seeds 0
 
 A run is the real command line in a process of its own, with one thread, and its folder under --to; runs that are
-finished are not run again, and results that the docs have already stay. What is counted leaves evaluations out: passes of the network, one a latent, in
-rollouts and updates, those that keep a graph for the backward pass, and CPU seconds from the first step to the last.
+finished are not run again, and results that the docs have already stay. What is counted leaves evaluations out: passes
+of the network, one a latent, in rollouts and updates, those that keep a graph for the backward pass, and CPU seconds
+from the first step to the last.
 The divergence is the same for all: path KL in nats of the trained policy from the base model, over the ten steps of
 Flow-SDE with a = 0.7 (all but the last stochastic), on 64 held-out samples.
 Writes table.md, results.json, curves.png and curves/NAME.png to --to; with --docs what the pages show, too.

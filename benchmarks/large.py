@@ -1,4 +1,4 @@
-"""A transformer as large as Stable Diffusion 3.5 medium, random weights, on one GPU: throughput, memory, MFU, the ratio.
+"""A transformer as large as Stable Diffusion 3.5 medium (2.2B, random weights) on one GPU: throughput, memory, ratio.
 
     python benchmarks/large.py --peak-tflops 989      # an H100's dense bfloat16
     python benchmarks/large.py --tiny --device cpu    # a network of no size, to see that everything runs
