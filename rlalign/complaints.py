@@ -137,15 +137,16 @@ def _place(config: type[BaseModel], location: Sequence[str | int]) -> Place:
         if (
             isinstance(part, int)
             or (block and part in block.model_fields)
-            or (last and block)
+            or (last and block and not _is_union_member(part, block))
             or (block is None and not _is_union_member(part))
         ):
             place = (*place, part)
     return place
 
 
-def _is_union_member(part: str) -> bool:
-    return "[" in part or part in ("int", "float", "str", "bool", "none", "list", "dict", "constrained-str")
+def _is_union_member(part: str, block: type[BaseModel] | None = None) -> bool:
+    plain = ("int", "float", "str", "bool", "none", "list", "dict", "constrained-str", "constrained-float")
+    return "[" in part or part in plain or (block is not None and part == block.__name__)
 
 
 def _about(config: type[BaseModel], place: Place) -> str:
