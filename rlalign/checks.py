@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rlalign.prompts import read
 from rlalign.prompts.matching import shared
+from rlalign.prompts.sources import others
 from rlalign.scoring import check_rewards
 
 if TYPE_CHECKING:
@@ -115,15 +116,16 @@ def _prompt_doubts(config: "RunConfig") -> Iterator[str]:
     if _same(config.prompts.train, config.prompts.heldout):
         yield "prompts.heldout is the training file, so evaluation cannot show whether anything generalises"
         return
-    train, heldout = read(config.prompts, "train"), read(config.prompts, "heldout")
+    train = read(config.prompts, "train")
     wanted = config.rollout.prompts_per_step
     if len(train.prompts) < wanted:
         yield f"prompts.train has {len(train.prompts)} prompts, so a step of {wanted} repeats some"
-    if both := shared(train.prompts, heldout.prompts):
-        yield (
-            f"{len(both)} prompts of prompts.train ask for the same as prompts of prompts.heldout, "
-            f"{min(prompt.title for prompt in both)!r} for one; prompts.disjoint: true leaves them out"
-        )
+    for part in others(config.prompts):
+        if both := shared(train.prompts, read(config.prompts, part).prompts):
+            yield (
+                f"{len(both)} prompts of prompts.train ask for the same as prompts of prompts.{part}, "
+                f"{min(prompt.title for prompt in both)!r} for one; prompts.disjoint: true leaves them out"
+            )
 
 
 def _same(one: object, other: object) -> bool:

@@ -19,6 +19,7 @@ from rlalign import __version__
 from rlalign.commands.problems import BadInput
 
 Weights = Literal["policy", "ema"]
+MOST_PROMPTS = 1_000_000  # of a generated file: far below what the grammars hold, and drawn in a minute or two
 # What click raises for wrong arguments: an ancestor of BadParameter, since newer typers bring a click of their own.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -304,10 +305,10 @@ def prompts_show(
 def prompts_generate(
     kind: Annotated[Literal["geneval", "ocr"], typer.Argument(help="Compositions for GenEval's tasks, or lettering.")],
     to: Annotated[Path, typer.Option(help="The .jsonl file for training.")],
-    num: Annotated[int, typer.Option(min=1, help="Prompts for training.")] = 5000,
+    num: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="Prompts for training.")] = 5000,
     heldout: Annotated[Path | None, typer.Option(help="Another .jsonl file, of what is never in the first.")] = None,
-    num_heldout: Annotated[int, typer.Option(min=1, help="Prompts in it.")] = 500,
-    share: Annotated[float, typer.Option(min=0.001, max=0.999, help="Of compositions or texts to hold out.")] = 0.1,
+    num_heldout: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="Prompts in it.")] = 500,
+    share: Annotated[float, typer.Option(min=0.001, max=0.5, help="Of compositions or texts to hold out.")] = 0.1,
     seed: Annotated[int, typer.Option(min=0, help="Decides what is drawn and what is held out.")] = 0,
 ) -> int:
     """Write prompts by rlalign's own grammar, with metadata that the rewards geneval and ocr read."""

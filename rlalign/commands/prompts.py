@@ -14,14 +14,14 @@ from rlalign.evaluation.heldout import spread
 from rlalign.files import in_words, write_atomically
 from rlalign.plugins import did_you_mean
 from rlalign.prompts import PromptSet, read
-from rlalign.prompts.config import Layout, PromptsConfig
+from rlalign.prompts.config import Layout
 from rlalign.prompts.files import read_file
 from rlalign.prompts.generate import Kind
 from rlalign.prompts.generate import generate as drawn
 from rlalign.prompts.layouts import read_layout
 from rlalign.prompts.matching import identity, shared
 from rlalign.prompts.pairs import recordings
-from rlalign.prompts.sources import Part
+from rlalign.prompts.sources import Part, others
 from rlalign.types import Prompt
 
 FILES = (".txt", ".jsonl", ".parquet")
@@ -86,7 +86,7 @@ def show(target: str, overrides: Sequence[str], examples: int) -> int:
             lines = [*_about("prompts", PromptSet.read(Path(target)), examples), *_repeated(rows)]
         else:
             config = config_of(target, overrides).prompts
-            sets: dict[Part, PromptSet] = {part: read(config, part) for part in _parts(config)}
+            sets: dict[Part, PromptSet] = {part: read(config, part) for part in ("train", *others(config))}
             lines = [line for part, prompts in sets.items() for line in _about(part, prompts, examples)]
             lines += _overlaps(sets)
     for name, words in lines:
@@ -120,10 +120,6 @@ def _write(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
 
 
 # --- showing
-
-
-def _parts(config: PromptsConfig) -> tuple[Part, ...]:
-    return ("train", "heldout") if config.test is None else ("train", "heldout", "test")
 
 
 def _about(part: str, prompts: PromptSet, examples: int) -> Iterator[tuple[str, str]]:

@@ -1,8 +1,8 @@
 """A grammar of prompts in GenEval's six tasks (https://arxiv.org/abs/2310.11513), with GenEval's metadata.
 
 Classes, colours, counts, relations and tags are GenEval's, so that the reward `geneval` can score them; the wordings
-are rlalign's own. Every prompt is a number in a space: a point of ``axes`` says which classes, colours and relation, a
-further digit says which wording.
+are rlalign's own, but for its plain "a photo of". A composition is a number, whose digits say which classes, colours
+and relation; so is its wording.
 
     single_object  a dog                       colors      a red bench
     two_object     a dog and a kite            position    a dog left of a kite
@@ -80,10 +80,6 @@ class Task:
     include: Callable[..., list[Clause] | None]  # None where parts do not go together
     phrasings: int = 1
 
-    @property
-    def wordings(self) -> int:
-        return len(_FRAMES) * self.phrasings
-
 
 def _single(a: int) -> list[Clause]:
     return [{"class": CLASSES[a], "count": 1}]
@@ -125,15 +121,14 @@ SPACES: dict[str, Task] = {
 assert tuple(SPACES) == TASKS
 
 
-def size(task: str) -> int:
-    """Numbers of a task's prompts; a few of them are none."""
-    return prod(SPACES[task].axes) * SPACES[task].wordings
+def sizes(task: str) -> tuple[int, int]:
+    """Numbers of a task's compositions, a few of which are none, and of the wordings of each."""
+    return prod(SPACES[task].axes), len(_FRAMES) * SPACES[task].phrasings
 
 
-def composition(task: str, number: int) -> Prompt | None:
-    """The prompt with that number, None where the parts do not go together."""
-    rest, wording = divmod(number, SPACES[task].wordings)
-    point = []
+def prompt(task: str, number: int, wording: int) -> Prompt | None:
+    """That composition in those words, None where its parts do not go together."""
+    rest, point = number, list[int]()
     for choices in SPACES[task].axes:
         rest, choice = divmod(rest, choices)
         point.append(choice)

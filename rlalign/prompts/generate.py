@@ -19,16 +19,16 @@ Kind = Literal["geneval", "ocr"]
 
 @dataclass(frozen=True, slots=True)
 class Grammar:
-    """Tasks, how many numbers each has, and the prompt that a number means."""
+    """Tasks; how many things a task can ask for and in how many wordings; the prompt for a thing and a wording."""
 
     tasks: tuple[str, ...]
-    size: Callable[[str], int]
-    prompt: Callable[[str, int], Prompt | None]
+    sizes: Callable[[str], tuple[int, int]]
+    prompt: Callable[[str, int, int], Prompt | None]
 
 
 GRAMMARS: dict[Kind, Grammar] = {
-    "geneval": Grammar(tuple(compositions.SPACES), compositions.size, compositions.composition),
-    "ocr": Grammar(lettering.KINDS, lettering.size, lettering.lettering),
+    "geneval": Grammar(tuple(compositions.SPACES), compositions.sizes, compositions.prompt),
+    "ocr": Grammar(lettering.KINDS, lettering.sizes, lettering.prompt),
 }
 
 
@@ -57,9 +57,13 @@ def generate(kind: Kind, num: int, seed: int, share: float, *, heldout: bool) ->
 
 
 def _stream(grammar: Grammar, task: str, seed: int, share: float, heldout: bool) -> Iterator[Prompt]:
+    """Prompts of one side in random order: in training every wording of every thing, else one of each."""
+    things, wordings = grammar.sizes(task)
+    rng = np.random.default_rng((seed, grammar.tasks.index(task), heldout))
     seen: set[str] = set()
-    for number in _numbers(grammar.size(task), (seed, grammar.tasks.index(task), heldout)):
-        prompt = grammar.prompt(task, number)
+    for number in _numbers(things if heldout else things * wordings, rng):
+        thing, wording = (number, int(rng.integers(wordings))) if heldout else divmod(number, wordings)
+        prompt = grammar.prompt(task, thing, wording)
         if prompt is None:
             continue
         asked = identity(prompt)
@@ -69,9 +73,8 @@ def _stream(grammar: Grammar, task: str, seed: int, share: float, heldout: bool)
             yield prompt
 
 
-def _numbers(size: int, seed: tuple[int, ...], batch: int = 4096) -> Iterator[int]:
+def _numbers(size: int, rng: np.random.Generator, batch: int = 4096) -> Iterator[int]:
     """All of 0..size-1 in random order: by rejection while that is quick, the rest by a permutation."""
-    rng = np.random.default_rng(seed)
     seen: set[int] = set()
     while len(seen) < size / 2:
         for number in rng.integers(size, size=batch).tolist():

@@ -1,7 +1,7 @@
 """A grammar of prompts that ask for written text, with it in metadata["text"] as the reward `ocr` reads it.
 
-Texts are words, numbers and short phrases; settings are what they stand on. Both are rlalign's own. Every prompt is a
-number: which text, which setting, which way to write it.
+Texts are words, numbers and short phrases; settings are what they stand on. Both are rlalign's own. A text is a number,
+and so is how it is asked for: in which case, on what, in which words.
 """
 
 from rlalign.types import Prompt
@@ -73,19 +73,18 @@ _CASES = (str.upper, str.title, str.lower)
 _NUMBERS = 10_000
 
 
-def size(kind: str) -> int:
-    """Numbers of the prompts whose text is of that kind."""
-    return _texts(kind) * len(_CASES) * len(_SETTINGS) * len(_WRITTEN)
+def sizes(kind: str) -> tuple[int, int]:
+    """Numbers of the texts of a kind, and of the ways to ask for each."""
+    return _texts(kind), len(_CASES) * len(_SETTINGS) * len(_WRITTEN)
 
 
-def lettering(kind: str, number: int) -> Prompt:
-    """The prompt with that number."""
-    rest, text = divmod(number, _texts(kind))
-    rest, case = divmod(rest, len(_CASES))
+def prompt(kind: str, number: int, wording: int) -> Prompt:
+    """That text, asked for in that way."""
+    rest, case = divmod(wording, len(_CASES))
     written, setting = divmod(rest, len(_SETTINGS))
-    asked = _CASES[case](_text(kind, text))
-    prompt = _WRITTEN[written].format(setting=_SETTINGS[setting], text=asked)
-    return Prompt(prompt, metadata={"tag": kind, "text": asked})
+    asked = _CASES[case](_text(kind, number))
+    text = _WRITTEN[written].format(setting=_SETTINGS[setting], text=asked)
+    return Prompt(text, metadata={"tag": kind, "text": asked})
 
 
 def _texts(kind: str) -> int:

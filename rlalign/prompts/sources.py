@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +22,7 @@ def read(config: PromptsConfig, part: Part, size: Size | None = None) -> PromptS
     """The prompts of one part. ValueError in words."""
     rows, name, folder = _rows_of_part(config, part)
     if part == "train" and config.disjoint:
-        shown = {identity(row.prompt) for other in _others(config) for row in _rows_of_part(config, other)[0]}
+        shown = {identity(row.prompt) for other in others(config) for row in _rows_of_part(config, other)[0]}
         rows = [row for row in rows if identity(row.prompt) not in shown]
         name = f"{name}, less what is held out,"
     prompts = PromptSet.of(rows, name, folder, size)
@@ -45,7 +44,8 @@ def contents(config: PromptsConfig) -> dict[str, Any]:
     return {f"prompts.{key}": value for key, value in part.items()}
 
 
-def _others(config: PromptsConfig) -> Iterable[Part]:
+def others(config: PromptsConfig) -> tuple[Part, ...]:
+    """The parts that nothing is trained on."""
     return ("heldout",) if config.test is None else ("heldout", "test")
 
 
@@ -90,9 +90,7 @@ def _name(source: Path | Source) -> str:
 
 
 def _folder(source: Path | Source) -> Path:
-    path = source if isinstance(source, Path) else source.path
-    if path is None:
-        return Path()
+    path = source if isinstance(source, Path) else source.path or Path(str(source.dataset))
     return path if path.is_dir() else path.parent
 
 
