@@ -90,7 +90,10 @@ def _name(source: Path | Source) -> str:
 
 
 def _folder(source: Path | Source) -> Path:
-    path = source if isinstance(source, Path) else source.path or Path(str(source.dataset))
+    if isinstance(source, Source) and source.dataset is not None:
+        return Path(source.dataset) if Path(source.dataset).is_dir() else Path()
+    path = source if isinstance(source, Path) else source.path
+    assert path is not None  # a source that is no dataset is a path
     return path if path.is_dir() else path.parent
 
 
