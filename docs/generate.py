@@ -18,13 +18,14 @@ from pydantic_core import PydanticUndefined
 from rlalign import plugins
 from rlalign.algorithms import forward, regularise
 from rlalign.checkpoint import CheckpointConfig
-from rlalign.config import ModelConfig, PromptsConfig, RunConfig
+from rlalign.config import ModelConfig, RunConfig
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
 from rlalign.models.base import classifier_free_guidance
 from rlalign.models.lora import LoraConfig
 from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
+from rlalign.prompts.config import PromptsConfig, Source
 from rlalign.reporting.glossary import METRICS
 from rlalign.reporting.sinks import ReportingConfig
 from rlalign.runtime.config import RuntimeConfig
@@ -41,6 +42,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "lora": LoraConfig,
     "sd3": sd3.Config,
     "prompts": PromptsConfig,
+    "prompt source": Source,
     "rollout": RolloutConfig,
     "window": Window,
     "rewards": RewardConfig,

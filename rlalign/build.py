@@ -18,7 +18,7 @@ from rlalign.models import lora
 from rlalign.models.base import Family, torch_dtype
 from rlalign.paths import model_path
 from rlalign.policy import Policy, Variant
-from rlalign.prompts import PromptSet
+from rlalign.prompts import read
 from rlalign.runfile import Tree
 from rlalign.runtime.local import LocalPool, LocalRuntime
 from rlalign.runtime.pool import Pool, Runtime
@@ -35,7 +35,7 @@ from rlalign.workers.scorer import Scorer
 def build(config: RunConfig) -> tuple[Parts, LoopSettings]:
     """Everything loaded and in place; ValueError, one sentence, when the user has to change something."""
     size = Size(*config.rollout.size)
-    prompts, heldout = (PromptSet.read(path, size) for path in (config.prompts.train, config.prompts.heldout))
+    prompts, heldout = read(config.prompts, "train", size), read(config.prompts, "heldout", size)
     if config.rollout.source == "data":
         prompts = prompts.recorded(config.rollout.samples_per_prompt)
         prompts.require_images()

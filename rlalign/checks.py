@@ -4,7 +4,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlalign.prompts import PromptSet
+from rlalign.prompts import read
+from rlalign.prompts.matching import shared
+from rlalign.prompts.sources import others
 from rlalign.scoring import check_rewards
 
 if TYPE_CHECKING:
@@ -127,14 +129,19 @@ def _prompt_doubts(config: "RunConfig") -> Iterator[str]:
     if _same(config.prompts.train, config.prompts.heldout):
         yield "prompts.heldout is the training file, so evaluation cannot show whether anything generalises"
         return
-    train, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
+    train = read(config.prompts, "train")
     wanted = config.rollout.prompts_per_step
     if len(train.prompts) < wanted:
         yield f"prompts.train has {len(train.prompts)} prompts, so a step of {wanted} repeats some"
-    shared = {prompt.title for prompt in train.prompts} & {prompt.title for prompt in heldout.prompts}
-    if shared:
-        yield f"{len(shared)} prompts stand in both prompts.train and prompts.heldout, {min(shared)!r} for one"
+    for part in others(config.prompts):
+        if both := shared(train.prompts, read(config.prompts, part).prompts):
+            yield (
+                f"{len(both)} prompts of prompts.train ask for the same as prompts of prompts.{part}, "
+                f"{min(prompt.title for prompt in both)!r} for one; prompts.disjoint: true leaves them out"
+            )
 
 
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and other.exists() and one.samefile(other)
+def _same(one: object, other: object) -> bool:
+    if isinstance(one, Path) and isinstance(other, Path):
+        return one.exists() and other.exists() and one.samefile(other)
+    return one == other

@@ -19,6 +19,7 @@ from rlalign import __version__
 from rlalign.commands.problems import BadInput
 
 Weights = Literal["policy", "ema"]
+MOST_PROMPTS = 1_000_000  # of a generated file: far below what the grammars hold, and drawn in a minute or two
 # What click raises for wrong arguments: an ancestor of BadParameter, since newer typers bring a click of their own.
 UsageError: type[Exception] = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 
@@ -36,10 +37,12 @@ app = typer.Typer(
 rewards = typer.Typer(help="The rewards that can be named in a run file.")
 models = typer.Typer(help="The model families, and the models that are shipped.")
 algorithms = typer.Typer(help="The algorithms, and the papers' presets.")
+prompts = typer.Typer(help="Prompt files: look into them, generate them, convert public sets.")
 cluster = typer.Typer(help="A Ray cluster of this machine and others, in token mode.")
 app.add_typer(rewards, name="rewards")
 app.add_typer(models, name="models")
 app.add_typer(algorithms, name="algorithms")
+app.add_typer(prompts, name="prompts")
 app.add_typer(cluster, name="cluster")
 
 RunFile = Annotated[str, typer.Argument(metavar="NAME|FILE", help="A shipped recipe (quickstart) or a run file.")]
@@ -150,11 +153,14 @@ def evaluate(
     overrides: Overrides = None,
     weights: WhichWeights = None,
     to: Annotated[Path | None, typer.Option(help="Folder for metrics.json and the grid.")] = None,
+    part: Annotated[
+        Literal["heldout", "test"], typer.Option("--prompts", help="test: those that nothing was chosen by.")
+    ] = "heldout",
 ) -> int:
     """Judge a run's last checkpoint, or a run file's untrained model, on held-out prompts."""
     from rlalign.commands.evaluate import evaluate
 
-    return evaluate(run, overrides or [], weights, to)
+    return evaluate(run, overrides or [], weights, to, part)
 
 
 @app.command(epilog="Example: rlalign record quickstart --to pairs --prompts 500 --num 4")
@@ -277,6 +283,54 @@ def cluster_token() -> int:
     from rlalign.commands.cluster import token
 
     return token()
+
+
+@prompts.command("show", epilog="Examples: rlalign prompts show train.jsonl  |  rlalign prompts show my.yaml")
+def prompts_show(
+    target: Annotated[
+        str, typer.Argument(metavar="FILE|DIR|NAME", help="A prompt file, or a run file, run or recipe.")
+    ],
+    overrides: Overrides = None,
+    examples: Annotated[int, typer.Option(min=0, help="How many to print of each part.")] = 5,
+) -> int:
+    """Count prompts by tag, find duplicates and what stands on both sides of a split, and print some."""
+    from rlalign.commands.prompts import show
+
+    return show(target, overrides or [], examples)
+
+
+@prompts.command(
+    "generate", epilog="Example: rlalign prompts generate geneval --to train.jsonl --heldout heldout.jsonl"
+)
+def prompts_generate(
+    kind: Annotated[Literal["geneval", "ocr"], typer.Argument(help="Compositions for GenEval's tasks, or lettering.")],
+    to: Annotated[Path, typer.Option(help="The .jsonl file for training.")],
+    num: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="Prompts for training.")] = 5000,
+    heldout: Annotated[Path | None, typer.Option(help="Another .jsonl file, of what is never in the first.")] = None,
+    num_heldout: Annotated[int, typer.Option(min=1, max=MOST_PROMPTS, help="Prompts in it.")] = 500,
+    share: Annotated[float, typer.Option(min=0.001, max=0.5, help="Of compositions or texts to hold out.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Decides what is drawn and what is held out.")] = 0,
+) -> int:
+    """Write prompts by rlalign's own grammar, with metadata that the rewards geneval and ocr read."""
+    from rlalign.commands import prompts as writing
+
+    return writing.generate(writing.Wish(kind, to, num, heldout, num_heldout, share, seed))
+
+
+@prompts.command("convert", epilog="Example: rlalign prompts convert parti PartiPrompts.tsv --to parti.jsonl")
+def prompts_convert(
+    layout: Annotated[str, typer.Argument(help="geneval, drawbench, parti, hpdv2, pickapic or t2i_compbench.")],
+    path: Annotated[Path, typer.Argument(help="The set's file or folder, as published.")],
+    to: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
+    split: Annotated[str | None, typer.Option(help="train or val, of the folder of t2i_compbench.")] = None,
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Judged images too, for rollout.source=data: hpdv2, pickapic.")
+    ] = False,
+) -> int:
+    """Write the prompts of a public set as a prompt file."""
+    from rlalign.commands.prompts import convert
+
+    return convert(layout, path, to, split, pairs)
 
 
 @rewards.command("list")

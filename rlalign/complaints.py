@@ -22,6 +22,7 @@ KINDS = {
     **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
     **dict.fromkeys(("list_type", "tuple_type"), "a list"),
     **dict.fromkeys(("path_type", "string_type"), "text"),
+    **dict.fromkeys(("too_short", "too_long"), "of the right length"),
     "finite_number": "a finite number",
 }
 
@@ -54,8 +55,16 @@ def complaint(error: ValidationError, config: type[BaseModel], source: Source) -
     first = (strange or errors)[0]
     place = _place(config, first["loc"])
     alike = [one for one in errors if _place(config, one["loc"])[: len(place)] == place]  # every member of a union
-    words = _sentence(place, config, first, alike)
-    return f"{words} ({source(place)})"
+    meant = next((one for one in alike if _fits(config, one, place, first)), first)
+    place = _place(config, meant["loc"])
+    alike = [one for one in alike if _place(config, one["loc"])[: len(place)] == place]
+    return f"{_sentence(place, config, meant, alike)} ({source(place)})"
+
+
+def _fits(config: type[BaseModel], error: ErrorDetails, place: Place, first: ErrorDetails) -> bool:
+    """Whether the member of a union that this is about has the value's shape, and only something in it is wrong."""
+    inner = isinstance(first["input"], Mapping) and len(_place(config, error["loc"])) > len(place)
+    return inner or error["type"] == "value_error"
 
 
 def _sentence(place: Place, config: type[BaseModel], first: ErrorDetails, alike: Sequence[ErrorDetails]) -> str:
@@ -137,15 +146,16 @@ def _place(config: type[BaseModel], location: Sequence[str | int]) -> Place:
         if (
             isinstance(part, int)
             or (block and part in block.model_fields)
-            or (last and block)
+            or (last and block and not _is_union_member(part, block))
             or (block is None and not _is_union_member(part))
         ):
             place = (*place, part)
     return place
 
 
-def _is_union_member(part: str) -> bool:
-    return "[" in part or part in ("int", "float", "str", "bool", "none", "list", "dict", "constrained-str")
+def _is_union_member(part: str, block: type[BaseModel] | None = None) -> bool:
+    plain = ("int", "float", "str", "bool", "none", "list", "dict", "constrained-str", "constrained-float")
+    return "[" in part or part in plain or (block is not None and part == block.__name__)
 
 
 def _about(config: type[BaseModel], place: Place) -> str:

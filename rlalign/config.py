@@ -5,7 +5,6 @@
 Relative paths in a run file count from the file's folder, those in an override from the working directory.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -26,6 +25,8 @@ from rlalign.models.lora import LoraConfig
 from rlalign.overlays import ALGORITHM_NAME, choose, plugin
 from rlalign.paths import anchored, own_overrides, spelled_out
 from rlalign.policy import RolloutConfig
+from rlalign.prompts import PromptsConfig
+from rlalign.prompts.sources import contents
 from rlalign.reporting.sinks import ReportingConfig
 from rlalign.runfile import Override, Tree, merged
 from rlalign.runtime.config import RuntimeConfig
@@ -50,15 +51,6 @@ class ModelConfig(Settings):
     """Low-rank adapters; null trains all weights."""
     train: list[str] | None = Field(default=None, min_length=1)
     """Names of the nets to train; null: the family's first."""
-
-
-class PromptsConfig(Settings):
-    """Prompt files: .txt, .jsonl or .parquet."""
-
-    train: Path
-    """Prompts to learn on."""
-    heldout: Path
-    """Prompts to judge on, none of which should be trained on."""
 
 
 class RunConfig(Settings):
@@ -108,26 +100,17 @@ class RunConfig(Settings):
     def hashed(self) -> Tree:
         """What decides the numbers.
 
-        Prompt files count by their contents and rewards by name: a run can be moved, and go on once a reward is mended.
+        Prompts count by their contents and rewards by name: a run can be moved, and go on once a reward is mended.
         """
         part = hashed_part(self.tree())
         for number, reward in enumerate(self.rewards):
             part[f"rewards.{number}.use"] = reward.use if is_url(reward.use) else reward.use.rpartition("/")[2]
-        for name, path in (("train", self.prompts.train), ("heldout", self.prompts.heldout)):
-            part[f"prompts.{name}"] = _digest(path)
-        return part
+        return {key: value for key, value in part.items() if not key.startswith("prompts.")} | contents(self.prompts)
 
     @property
     def config_hash(self) -> str:
         """The same for two configs that mean the same numbers."""
         return hash_of(self.hashed())
-
-
-def _digest(path: Path) -> str:
-    try:
-        return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()}"
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
 
 
 # --- from a file and the command line

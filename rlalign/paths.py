@@ -53,12 +53,25 @@ def anchored(tree: Tree, folder: Path) -> Tree:
     for block, key in (("model", "family"), ("algorithm", "name")):
         _change(tree.get(block), key, lambda value: str(folder / value) if value.endswith(".py") else value)
     _change(tree.get("model"), "path", lambda value: _model_path(value, folder))
-    for key in ("train", "heldout"):
-        _change(tree.get("prompts"), key, lambda value: str(folder / Path(value).expanduser()))
+    _anchor_prompts(tree.get("prompts"), folder)
     rewards = tree.get("rewards")
     for reward in rewards.values() if isinstance(rewards, dict) else rewards if isinstance(rewards, list) else ():
         _change(reward, "use", lambda value: _reward_path(value, folder))
     return tree
+
+
+def _anchor_prompts(prompts: Any, folder: Path) -> None:
+    for part in ("train", "heldout", "test"):
+        _change(prompts, part, lambda value: str(folder / Path(value).expanduser()))
+        source = prompts.get(part) if isinstance(prompts, dict) else None
+        _change(source, "path", lambda value: str(folder / Path(value).expanduser()))
+        _change(source, "dataset", lambda value: _dataset_path(value, folder))
+
+
+def _dataset_path(name: str, folder: Path) -> str:
+    """What is no folder is a name on the Hub, unless it is written like a path."""
+    local = folder / Path(name).expanduser()
+    return str(local) if local.exists() or name[0] in "./~" else name
 
 
 def _change(block: Any, key: str, change: Any) -> None:

@@ -24,7 +24,7 @@ from tests.runs import Done, call, run_file, without_pages
 from tests.tiny import sd3_folder
 
 Capture = pytest.CaptureFixture[str]
-GROUPS = ["rewards", "models", "algorithms", "cluster"]
+GROUPS = ["rewards", "models", "algorithms", "prompts", "cluster"]
 COMMANDS = ["train", "resume", "submit", "plan", "doctor", "sample", "evaluate", "record", "export", "report"]
 COMMANDS += ["serve-reward", *GROUPS]
 

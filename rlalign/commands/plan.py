@@ -30,7 +30,7 @@ from rlalign.models.base import torch_dtype
 from rlalign.paths import model_path
 from rlalign.pipeline import split as batch_units
 from rlalign.policy import Policy
-from rlalign.prompts import PromptSet, stand_in
+from rlalign.prompts import read, stand_in
 from rlalign.reporting.spans import read_spans
 from rlalign.rundir import RunDir
 from rlalign.types import Prompt, Trajectory, Unit
@@ -77,7 +77,7 @@ def plan(target: str, overrides: Sequence[str], measure: bool, gpus: int | None 
         config = config_of(target, overrides)
         algorithm = make_algorithm(config)
         doubts = warnings(config)
-        train, heldout = PromptSet.read(config.prompts.train), PromptSet.read(config.prompts.heldout)
+        train, heldout = read(config.prompts, "train"), read(config.prompts, "heldout")
         weights = count_weights(config)
         small = weights is None or weights.all * _itemsize(config) <= SMALL
         policy = load_policy(config) if small or measure else None

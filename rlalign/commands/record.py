@@ -16,7 +16,7 @@ from rlalign.files import in_words, write_atomically
 from rlalign.mdp.noise import Noise
 from rlalign.pipeline import split
 from rlalign.policy import Policy
-from rlalign.prompts import PromptSet
+from rlalign.prompts import read
 from rlalign.rundir import RunDir
 from rlalign.types import Scores, Size, Unit
 from rlalign.workers.sampler import Sampler
@@ -42,7 +42,7 @@ def record(wish: Wish) -> int:
         config, file = config_of(wish.target, wish.overrides), wish.to / FILE
         if file.exists():
             raise ValueError(f"{file} is there already; choose another folder with --to")
-        known = PromptSet.read(config.prompts.train, Size(*config.rollout.size))
+        known = read(config.prompts, "train", Size(*config.rollout.size))
         prompts = known.first(min(wish.prompts, len(known.prompts)))
         sampler, scorer = Sampler(_policy(config, wish), Noise(wish.seed), "policy", False, True), make_scorer(config)
         with in_words(f"write pictures into {wish.to}"):

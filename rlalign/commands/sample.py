@@ -21,7 +21,7 @@ from rlalign.config import RunConfig, resolve
 from rlalign.files import in_words
 from rlalign.mdp.noise import Noise
 from rlalign.paths import ZOO, model_path
-from rlalign.prompts import PromptSet, read_image
+from rlalign.prompts import read, read_image
 from rlalign.reporting.grids import save_grid
 from rlalign.rundir import RunDir
 from rlalign.types import Prompt, Size, Unit
@@ -128,9 +128,9 @@ def _prompts(config: RunConfig, wish: Wish) -> tuple[Prompt, ...]:
         return tuple(Prompt(text, image=image) for text in wish.prompts)
     if wish.image:
         raise ValueError("--image is what the prompts given with --prompt start from; give one or more")
-    if config.prompts.heldout.name == NO_PROMPTS:
+    if isinstance(config.prompts.heldout, Path) and config.prompts.heldout.name == NO_PROMPTS:
         raise ValueError("a model folder brings no prompts; give one or more with --prompt TEXT")
-    return PromptSet.read(config.prompts.heldout, Size(*config.rollout.size)).first(SHOWN_PROMPTS)
+    return read(config.prompts, "heldout", Size(*config.rollout.size)).first(SHOWN_PROMPTS)
 
 
 def _read_latents(path: Path, shape: torch.Size) -> Tensor:
