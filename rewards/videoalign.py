@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +10,7 @@ from rlalign.types import Prompt
 from rlalign_rewards._networks import below, fill, placed, state_dict, weights_file
 from rlalign_rewards._qwen_vl import QwenVl, fitted, renamed
 
-Quality = Literal["visual", "motion", "text"]
-
+_QUALITIES = ("visual", "motion", "text")
 _LEAST, _MOST = 128 * 28 * 28, 256 * 28 * 28  # pixels of a frame
 _FRAMES_A_SECOND = 2.0  # that the model sees
 _PAIR = 2  # frames of one token
@@ -87,13 +85,13 @@ class VideoAlign:
     frames of a second are seen, four at least, of up to 448 x 448 pixels; `fps` says how many frames of your films make
     a second. Takes about 5 GB of a GPU in bfloat16. Loading and prompt follow the public code; the whole has been tried
     on tiny weights of the same layout alone.
-    Score: the sum of the details "visual", "motion" and "text", or of those that `qualities` names; each is
-    standardised as published, about N(0, 1) over the films of its training, unbounded. A picture is a film that stands
-    still.
+    Score: the sum of the details "visual", "motion" and "text", or what `weights` makes of them, such as {visual: 1,
+    text: 0.5}; each is standardised as published, about N(0, 1) over the films of its training, unbounded. A picture is
+    a film that stands still.
     Licence: Apache-2.0 (weights, and those of Qwen2-VL-2B), MIT (code).
     Known hacks: gloss, as with all models of preference; "visual" alone asks for no motion, so that films come to stand
     still: keep all three. Most frames of a film are not seen, and text in the picture is read like the prompt.
-    Options: checkpoint, base, fps (16), qualities, device (a GPU where there is one), dtype (bfloat16, float32,
+    Options: checkpoint, base, fps (16), weights, device (a GPU where there is one), dtype (bfloat16, float32,
     float16).
     """
 
@@ -102,16 +100,17 @@ class VideoAlign:
         checkpoint: str = "KwaiVGI/VideoReward",
         base: str = "Qwen/Qwen2-VL-2B-Instruct",
         fps: float = 16.0,
-        qualities: Sequence[Quality] = ("visual", "motion", "text"),
+        weights: Mapping[str, float] | None = None,
         device: str | None = None,
         dtype: str = "bfloat16",
     ) -> None:
-        unknown = [one for one in qualities if one not in get_args(Quality)]
-        if unknown or not qualities:
-            raise ValueError(f"qualities has {unknown[0] if unknown else 'nothing'}; there are visual, motion and text")
+        self._weights = dict.fromkeys(_QUALITIES, 1.0) if weights is None else dict(weights)
+        unknown = [name for name in self._weights if name not in _QUALITIES]
+        if unknown or not self._weights:
+            raise ValueError(f"weights has {unknown[0] if unknown else 'nothing'}; there are {', '.join(_QUALITIES)}")
         if not fps > 0:
             raise ValueError(f"fps is {fps}; it counts frames a second and must be positive")
-        self._fps, self._qualities = fps, tuple(qualities)
+        self._fps = fps
         path = weights_file(checkpoint, "checkpoint-11352/model.pth")
         state = _plain(state_dict(path), path)
         words, head = state.get("language_model.embed_tokens.weight"), below(state, "rm_head.")
@@ -132,8 +131,8 @@ class VideoAlign:
         hidden = self._network.hidden("video", list(shown), [_question(prompt.text) for prompt in prompts])
         raw = self._head(hidden).squeeze(-1).to(images.device)  # [B, 3]
         rated = (raw - raw.new_tensor(_MEAN)) / raw.new_tensor(_STD)
-        details = dict(zip(get_args(Quality), rated.unbind(1), strict=True))
-        return {"score": torch.stack([details[one] for one in self._qualities]).sum(0)} | details
+        score = rated @ rated.new_tensor([self._weights.get(name, 0.0) for name in _QUALITIES])
+        return {"score": score} | dict(zip(_QUALITIES, rated.unbind(1), strict=True))
 
 
 def seen(frames: int, fps: float) -> list[int]:

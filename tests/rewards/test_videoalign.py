@@ -65,11 +65,12 @@ def test_two_frames_a_second_are_seen_four_where_there_are_so_many(
     assert seen(frames, fps) == expected
 
 
-def test_the_score_is_the_sum_of_the_qualities_that_are_asked(tmp_path: Path) -> None:
+def test_weights_say_what_the_score_is_made_of(tmp_path: Path) -> None:
     options, shown = videoalign_folder(tmp_path), films(2, 4)
     whole = VideoAlign(**options)(shown, PROMPTS)
-    some = VideoAlign(**options, qualities=["motion", "text"])(shown, PROMPTS)
-    assert torch.equal(some["score"], whole["motion"] + whole["text"]) and torch.equal(some["visual"], whole["visual"])
+    some = VideoAlign(**options, weights={"motion": 2, "text": -1})(shown, PROMPTS)
+    torch.testing.assert_close(some["score"], 2 * whole["motion"] - whole["text"])
+    assert torch.equal(some["visual"], whole["visual"])
 
 
 def test_the_order_of_frames_counts_and_a_picture_stands_still(tmp_path: Path) -> None:
@@ -97,8 +98,8 @@ def test_other_files_and_options_are_refused(tmp_path: Path) -> None:
         torch.save({key: value for key, value in state.items() if without not in key}, tmp_path / name)
         with pytest.raises(ValueError, match=words):
             VideoAlign(**options | {"checkpoint": str(tmp_path / name)})
-    with pytest.raises(ValueError, match="qualities has sound; there are visual, motion and text"):
-        VideoAlign(**options, qualities=["sound"])
+    with pytest.raises(ValueError, match="weights has sound; there are visual, motion, text"):
+        VideoAlign(**options, weights={"sound": 1})
     with pytest.raises(ValueError, match="fps is 0; it counts frames a second"):
         VideoAlign(**options, fps=0)
     with pytest.raises(ValueError, match="hf download KwaiVGI/VideoReward"):

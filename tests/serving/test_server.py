@@ -96,6 +96,7 @@ def test_nan_and_infinity_are_null():
         (401, "the token is wrong", {"Authorization": f"Basic {TOKEN}"}),
         (401, "the token is wrong", {"Authorization": "Bearer \xfc"}),
         (415, "the Content-Type is text/plain; send application/json, ", {"Content-Type": "text/plain"}),
+        (400, "the Content-Type has letters that no header", {"Content-Type": "application/json; charset=\xfc"}),
         (415, "a compressed request is not unpacked here", {"Content-Encoding": "gzip"}),
         (400, "the Idempotency-Key is longer than 200 letters", {"Idempotency-Key": "k" * 201}),
     ],
