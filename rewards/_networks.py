@@ -74,6 +74,11 @@ def state_dict(path: Path) -> dict[str, Tensor]:
     return dict(state)
 
 
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """What stands below a dotted name, without it."""
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
 def fill(network: nn.Module, state: Mapping[str, Tensor], source: Path) -> None:
     """Every parameter from `state`, what else it holds is left alone; ValueError where one is missing or misshapen."""
     try:

@@ -1,17 +1,15 @@
 """Human Preference Score v3 (https://arxiv.org/abs/2508.03789)."""
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from rlalign.types import Prompt
-from rlalign_rewards._networks import fill, from_hub, placed, resized, state_dict, weights_file
+from rlalign_rewards._networks import below, fill, placed, state_dict, weights_file
+from rlalign_rewards._qwen_vl import QwenVl, fitted, renamed
 
 _PIXELS = 256 * 28 * 28  # every picture is brought to about as many
-_PATCH = 28  # pixels of one token's side
 _HERE = "{text_prompt}"
 _TOKEN = "<|Reward|>"  # its last hidden state is what the head reads
 
@@ -77,25 +75,16 @@ class Hpsv3:
         device: str | None = None,
         dtype: str = "bfloat16",
     ) -> None:
-        from transformers import AutoConfig, AutoProcessor
-
         path = weights_file(checkpoint, "HPSv3.safetensors")
-        config: Any = from_hub(base, AutoConfig.from_pretrained)
-        self._processor: Any = from_hub(base, lambda name: AutoProcessor.from_pretrained(name, padding_side="right"))
-        self._processor.tokenizer.add_tokens([_TOKEN], special_tokens=True)
-        self._token = self._processor.tokenizer.convert_tokens_to_ids(_TOKEN)
-        state = {_renamed(name): value for name, value in state_dict(path).items()}
-        words, head = state.get("language_model.embed_tokens.weight"), _below(state, "rm_head.")
+        state = {renamed(name): value for name, value in state_dict(path).items()}
+        words, head = state.get("language_model.embed_tokens.weight"), below(state, "rm_head.")
         if words is None or not head:
             raise ValueError(f"{path} is no HPSv3: it has no embed_tokens or no rm_head")
-        config.text_config.vocab_size = len(words)
         self._head = _head(words.shape[1])
         fill(self._head, head, path)
-        self._network: Any = _filled(
-            config, {name: value for name, value in state.items() if not name.startswith("rm_head.")}, path
-        )
-        placed(self._network, device, dtype)
         placed(self._head, device, "float32")
+        network = {name: value for name, value in state.items() if not name.startswith("rm_head.")}
+        self._network = QwenVl(base, network, path, [_TOKEN], device, dtype)
 
     def __call__(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """images: uint8 [B, (F,) 3, H, W]"""
@@ -106,45 +95,9 @@ class Hpsv3:
 
     @torch.no_grad()
     def _rate(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        asked = [
-            {
-                "role": "user",
-                "content": [{"type": "image"}, {"type": "text", "text": _INSTRUCTION.replace(_HERE, text)}],
-            }
-            for text in texts
-        ]
-        chats = [
-            self._processor.apply_chat_template([turn], tokenize=False, add_generation_prompt=True) for turn in asked
-        ]
-        batch = self._processor(
-            text=chats, images=list(_fitted(images)), do_resize=False, padding=True, return_tensors="pt"
-        ).to(self._network.device)
-        batch["pixel_values"] = batch["pixel_values"].to(self._network.dtype)
-        hidden = self._network(**batch, use_cache=False).last_hidden_state  # [B, T, D]
-        place = torch.arange(hidden.shape[1], device=hidden.device)
-        last = (place * (batch["input_ids"] == self._token)).amax(1)  # the prompt might name the token too
-        return self._head(hidden[torch.arange(len(hidden)), last].float())
-
-
-def _fitted(images: Tensor) -> Tensor:
-    """About 448 x 448 pixels, both sides multiples of 28, by bicubic. uint8 [B, 3, H, W]"""
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
-
-    height, width = smart_resize(*images.shape[-2:], factor=_PATCH, min_pixels=_PIXELS, max_pixels=_PIXELS)
-    return (255 * resized(images / 255, height, width)).round().to(torch.uint8)
-
-
-def _filled(config: Any, state: dict[str, Tensor], source: Path) -> Any:
-    """Without random numbers for 7 billion weights first."""
-    from transformers import Qwen2VLModel
-
-    network, report = Qwen2VLModel.from_pretrained(
-        None, config=config, state_dict=state, dtype="auto", output_loading_info=True
-    )
-    missing = sorted(report["missing_keys"])
-    if missing or report["mismatched_keys"]:
-        raise ValueError(f"{source} lacks tensors of this network or has them in other sizes: {(missing or ['?'])[0]}")
-    return network
+        questions = [_INSTRUCTION.replace(_HERE, text) for text in texts]
+        hidden = self._network.hidden("image", list(fitted(images, _PIXELS, _PIXELS)), questions)
+        return self._head(hidden[:, 0])  # the last of its tokens: the prompt might name it too
 
 
 def _head(width: int) -> nn.Sequential:
@@ -156,14 +109,3 @@ def _head(width: int) -> nn.Sequential:
         nn.ReLU(),
         nn.Linear(16, 2),
     )
-
-
-def _renamed(name: str) -> str:
-    """transformers has had three layouts of this network: visual.* and model.*, and both of them below model.*"""
-    name = name.removeprefix("model.")
-    kept = name.startswith(("visual.", "language_model.", "rm_head.", "lm_head."))
-    return name if kept else f"language_model.{name}"
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlalign.scoring import differentiable
 from rlalign.types import Prompt
 from rlalign_rewards._networks import (
+    below,
     cropped,
     fill,
     from_hub,
@@ -64,7 +65,7 @@ class ImageReward:
         path = weights_file(checkpoint, "ImageReward.pt")
         self._tokenizer: Any = from_hub(tokenizer, BertTokenizerFast.from_pretrained)
         state = state_dict(path)
-        parts = {part: _below(state, part) for part in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")}
+        parts = {part: below(state, part) for part in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.layers.")}
         eyes, text, head = parts.values()
         if not (eyes and text and head):
             raise ValueError(f"{path} is no ImageReward: it has no {next(name for name in parts if not parts[name])}*")
@@ -91,10 +92,6 @@ class ImageReward:
             encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long, device=seen.device),
         ).last_hidden_state  # [B, tokens, D]
         return (self._head(read[:, 0].float())[:, 0] - _MEAN) / _STD
-
-
-def _below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _renamed(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,11 +12,18 @@ NUMERIC = ("runtime.threads_per_worker", "runtime.max_staleness", "runtime.learn
 """... but for these: they change the last bits, the weights that sample, or the order of a sum."""
 RESHAPES = ("runtime.learners",)
 """Of those, what a run may change on its way: checkpoints fit any number of ranks, only the last bits differ."""
+ENVIRONMENT = re.compile(r"rewards\.\d+\.(venv|pip)(\.|$)")
+"""Where a reward finds its packages, which may be mended like its code, and lies elsewhere on another machine."""
 
 
 def hashed_part(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What decides the numbers, as flat dotted keys: everything but ``OPERATIONAL``, plus ``NUMERIC``."""
-    return {key: value for key, value in flat(config) if key in NUMERIC or key.split(".")[0] not in OPERATIONAL}
+    """What decides the numbers, as flat dotted keys: everything but ``OPERATIONAL`` and ``ENVIRONMENT``, plus
+    ``NUMERIC``."""
+    return {key: value for key, value in flat(config) if key in NUMERIC or not _operational(key)}
+
+
+def _operational(key: str) -> bool:
+    return key.split(".")[0] in OPERATIONAL or ENVIRONMENT.match(key) is not None
 
 
 def hash_of(hashed: Mapping[str, Any]) -> str:

@@ -57,6 +57,7 @@ def anchored(tree: Tree, folder: Path) -> Tree:
     rewards = tree.get("rewards")
     for reward in rewards.values() if isinstance(rewards, dict) else rewards if isinstance(rewards, list) else ():
         _change(reward, "use", lambda value: _reward_path(value, folder))
+        _change(reward, "venv", lambda value: str(folder / Path(value).expanduser()))
     return tree
 
 

@@ -139,6 +139,8 @@ def test_paths_count_from_the_file_and_in_overrides_from_here(
     assert got.prompts.heldout == here / "other.txt"
     assert got.rewards[0].use == f"{run.parent}/reward.py:first"
     assert got.rewards[1].use == f"{here}/mine.py:f"
+    assert load(run, ["rewards.0.venv=env"]).rewards[0].venv == str(here / "env")
+    assert load(rewritten(run, "retries: 0", "retries: 0, venv: env")).rewards[0].venv == str(run.parent / "env")
 
 
 @pytest.mark.parametrize(
@@ -170,7 +172,16 @@ def test_the_resolved_config_reads_back_as_the_same(run: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "same", ["steps=7", "checkpoint.every=3", "runtime.samplers=4", "runtime.scorers=2", "reporting.tensorboard=true"]
+    "same",
+    [
+        "steps=7",
+        "checkpoint.every=3",
+        "runtime.samplers=4",
+        "runtime.scorers=2",
+        "reporting.tensorboard=true",
+        "rewards.0.venv=/envs/mine",
+        "rewards.0.pip=[hpsv2]",
+    ],
 )
 def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
     assert load(run, [same]).config_hash == load(run).config_hash

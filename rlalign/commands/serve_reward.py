@@ -12,9 +12,8 @@ from pydantic import ValidationError
 from rlalign import runfile
 from rlalign.commands.problems import BadInput, in_preparation
 from rlalign.plugins import did_you_mean
-from rlalign.scoring import RewardConfig
+from rlalign.scoring import RewardConfig, environment
 from rlalign.scoring.config import is_url
-from rlalign.serving import environment
 from rlalign.serving import token as tokens
 from rlalign.serving.config import ServeConfig
 

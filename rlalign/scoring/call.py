@@ -22,6 +22,8 @@ class TimedOut(CallFailed):
 def call(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Answer:
     """Raises CallFailed, or whatever the reward raises. images: uint8 [b, ...], the reward's own to write into"""
     config = reward.config
+    if config.apart:  # it keeps its time, which a thread cannot: loading anew may take longer than a call
+        return checked(reward.function(images, prompts), len(prompts))
     pictures = images / 255 if reward.differentiable else images
 
     def work() -> object:

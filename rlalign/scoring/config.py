@@ -46,6 +46,12 @@ class RewardConfig(Settings):
     batch_size: int | None = Field(default=None, ge=1)
     """Pictures in a call; the last call is filled up with copies of its last picture, so that a network's numbers do
     not depend on how the work was split. Unless given, all pictures that the scorer holds go in one call."""
+    venv: str | None = Field(default=None, min_length=1)
+    """The folder of a Python environment: the reward runs there, in a child process of the scorer's; from the run
+    file's folder, and on a cluster a path of the scorer's machine."""
+    pip: tuple[str, ...] | None = None
+    """Packages of such an environment, which is made where the scorer runs, in `venv` or else below ~/.rlalign; [] for
+    one with rlalign alone."""
 
     @model_validator(mode="before")
     @classmethod
@@ -62,6 +68,17 @@ class RewardConfig(Settings):
         if use.endswith(".py"):
             raise ValueError(f"{use!r} names a file but no function in it; write {use}:function")
         return use
+
+    @model_validator(mode="after")
+    def _somewhere(self) -> "RewardConfig":
+        if self.apart and is_url(self.use):
+            raise ValueError("a URL runs on its server; leave venv and pip out, `rlalign serve-reward` has them too")
+        return self
+
+    @property
+    def apart(self) -> bool:
+        """It runs in an environment of its own."""
+        return self.venv is not None or self.pip is not None
 
 
 def is_url(use: str) -> bool:

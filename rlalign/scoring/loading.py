@@ -12,6 +12,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from rlalign.plugins import did_you_mean, module_from_file
+from rlalign.scoring import environment
+from rlalign.scoring.apart import Apart
 from rlalign.scoring.config import RewardConfig, check_rewards, is_url
 from rlalign.scoring.protocol import DIFFERENTIABLE, GROUPWISE, OF_RECORDINGS, Reward
 from rlalign.scoring.remote import RemoteOptions, RemoteReward
@@ -34,7 +36,8 @@ def load_rewards(rewards: Sequence[RewardConfig], folder: Path = Path()) -> list
 def load_reward(config: RewardConfig, folder: Path = Path()) -> Reward:
     """One reward, constructed; a file's path counts from `folder`."""
     try:
-        reward = _remote(config) if is_url(config.use) else _local(config, folder)
+        load = _apart if config.apart else _local
+        reward = _remote(config) if is_url(config.use) else load(config, folder)
         if reward.groupwise and config.batch_size is not None:
             raise ValueError("it is groupwise and gets one group in a call; leave batch_size out")
     except ValueError as error:
@@ -61,6 +64,12 @@ def _first_complaint(error: ValidationError) -> str:
     if first["type"] == "extra_forbidden":
         return f"a URL has no option {key!r}{did_you_mean(key, list(RemoteOptions.model_fields))}"
     return f"option {key!r}: {first['msg']}"
+
+
+def _apart(config: RewardConfig, folder: Path) -> Reward:
+    venv = None if config.venv is None else (folder / Path(config.venv).expanduser()).absolute()
+    function = Apart(config, environment.interpreter(venv, config.pip), folder)
+    return Reward(config, function, groupwise=function.groupwise)
 
 
 def _local(config: RewardConfig, folder: Path) -> Reward:

@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlalign.scoring import RewardConfig, wire
-from rlalign.serving import frames
+from rlalign.scoring import RewardConfig, frames, wire
+from rlalign.scoring.apart import CHILD, END_S, GRACE_S, POISON
 from rlalign.serving.batches import Columns, Job, Outcome, Queue, Refusal
 from rlalign.serving.config import ServeConfig
 from rlalign.serving.meters import Meters
@@ -28,11 +28,8 @@ from rlalign.types import Prompt
 
 logger = logging.getLogger("rlalign")
 
-POISON = 3  # workers that a request may kill, alone in its call
 GIVE_UP_AFTER = 6  # times in a row that a worker may die without finishing a call
 LONGEST_PAUSE_S = 30.0
-GRACE_S = 5.0  # what holds Python's lock cannot notice its own timeout
-END_S = 5.0
 DEAD = (OSError, asyncio.IncompleteReadError)
 
 
@@ -95,7 +92,7 @@ class Crew:
         environment = {**os.environ}
         if self.config.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = self.config.gpus[number % len(self.config.gpus)]
-        command = (sys.executable, "-m", "rlalign.serving.worker")
+        command = (sys.executable, *CHILD)
         # A session of its own: Ctrl-C is for the front, which lets workers finish.
         process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, env=environment, start_new_session=True

@@ -108,6 +108,8 @@ class Service:
         kinds = (wire.JSON, wire.SAFETENSORS, wire.MULTIPART)
         if request.content_type not in kinds:
             raise Refusal(415, f"the Content-Type is {request.content_type}; send {', '.join(kinds)}")
+        if not request.headers["Content-Type"].isascii():
+            raise Refusal(400, "the Content-Type has letters that no header may have")
         if request.headers.get("Content-Encoding", "identity") != "identity":
             raise Refusal(415, "a compressed request is not unpacked here; send it as it is")
         if (request.content_length or 0) > self.config.max_mb * 1e6:

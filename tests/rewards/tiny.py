@@ -1,12 +1,14 @@
 """Weights of a few kilobytes in the layouts of the published ones, and the options that load them."""
 
 import json
+import tomllib
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import open_clip
+import peft
 import torch
 from open_clip.tokenizer import SimpleTokenizer
 from safetensors.torch import save_file
@@ -254,7 +256,8 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
     made.add_tokens(["<|im_start|>", "<|im_end|>", *VISION], special_tokens=True)
     made.chat_template = (
         "{% for turn in messages %}<|im_start|>{{ turn['role'] }}\n{% for part in turn['content'] %}"
-        "{% if part['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}"
+        "{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}"
+        "<|vision_start|><|{{ part['type'] }}_pad|><|vision_end|>"
         "{% endif %}{% endfor %}<|im_end|>\n{% endfor %}<|im_start|>assistant\n"
     )
     return made
@@ -263,13 +266,13 @@ def qwen_tokenizer() -> Qwen2Tokenizer:
 VISION = ["<|vision_start|>", "<|image_pad|>", "<|vision_end|>", "<|video_pad|>"]
 
 
-def hpsv3_folder(folder: Path) -> dict[str, Any]:
-    """A Qwen2-VL with its processor, and HPSv3.safetensors in the layout of the published file."""
+def qwen_folder(folder: Path, tokens: int) -> Qwen2VLConfig:
+    """The configuration of a Qwen2-VL that knows so many tokens more than its tokenizer, and its processor."""
     words = qwen_tokenizer()
     start, image, end, video = words.convert_tokens_to_ids(VISION)
     config = Qwen2VLConfig(
         text_config={
-            "vocab_size": len(words) + 1,  # and the token that is rated
+            "vocab_size": len(words) + tokens,
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_hidden_layers": 2,
@@ -283,19 +286,49 @@ def hpsv3_folder(folder: Path) -> dict[str, Any]:
         vision_end_token_id=end,
         video_token_id=video,
     )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        network, head = shaken(Qwen2VLModel(config)), shaken(rated_head(16))
     config.save_pretrained(folder)
     processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), words, Qwen2VLVideoProcessor(), words.chat_template)
     processor.save_pretrained(folder)
-    state = {
-        name if name.startswith("visual.") else name.replace("language_model.", "model.", 1): value.contiguous()
-        for name, value in network.state_dict().items()
-    }
+    return config
+
+
+def old_layout(name: str) -> str:
+    """As transformers 4.45 named the layers of a Qwen2-VL."""
+    return name if name.startswith("visual.") else name.replace("language_model.", "model.", 1)
+
+
+def hpsv3_folder(folder: Path) -> dict[str, Any]:
+    """A Qwen2-VL with its processor, and HPSv3.safetensors in the layout of the published file."""
+    config = qwen_folder(folder, tokens=1)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network, head = shaken(Qwen2VLModel(config)), shaken(rated_head(16))
+    state = {old_layout(name): value.contiguous() for name, value in network.state_dict().items()}
     state |= {f"rm_head.{name}": value for name, value in head.state_dict().items()}
     save_file(state, folder / "HPSv3.safetensors")
     return {"checkpoint": str(folder), "base": str(folder), "dtype": "float32"}
+
+
+def videoalign_folder(folder: Path) -> dict[str, Any]:
+    """A Qwen2-VL with its processor, and a model.pth as VideoReward's: of a PEFT model with its adapters apart."""
+    network, head = videoalign_network(folder)
+    state = {f"base_model.model.{old_layout(name)}": value for name, value in network.state_dict().items()}
+    (folder / "checkpoint-11352").mkdir(exist_ok=True)
+    torch.save(state | {"base_model.model.rm_head.weight": head}, folder / "checkpoint-11352" / "model.pth")
+    return {"checkpoint": str(folder), "base": str(folder), "dtype": "float32"}
+
+
+def videoalign_network(folder: Path) -> tuple[nn.Module, Tensor]:
+    """The network with adapters in every linear layer of its language model, and the head's weights."""
+    config = qwen_folder(folder, tokens=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Qwen2VLModel(config)
+        layers = [name for name, part in network.language_model.named_modules() if isinstance(part, nn.Linear)]
+        targets = [f"language_model.{name}" for name in layers]
+        peft.inject_adapter_in_model(peft.LoraConfig(r=64, lora_alpha=128, target_modules=targets), network)
+        head = torch.randn(1, 16)
+    return shaken(network), head
 
 
 def dino_folder(folder: Path) -> dict[str, Any]:
@@ -319,8 +352,15 @@ OPTIONS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "mps": mps_file,
     "nsfw": classifier_folder,
     "pickscore": _pickscore,
+    "videoalign": videoalign_folder,
 }
 """Of every reward whose weights are only on a hub: what makes it work without one."""
+
+
+DECLARED: dict[str, str] = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"][
+    "entry-points"
+]["rlalign.rewards"]
+"""The catalogue as it will be installed: what stands for a name, module:attribute."""
 
 
 def pictures(rows: int, height: int = 32, width: int = 32, seed: int = 0) -> Tensor:

@@ -1,5 +1,6 @@
 """Whole runs on Ray, by the command line: whatever happens to workers, they equal the run in one process."""
 
+import gc
 import json
 import os
 import signal
@@ -7,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import ray
 import torch
@@ -14,10 +16,12 @@ from safetensors.torch import load_file
 
 from rlalign import build, cli
 from rlalign.runtime import engine
+from rlalign.scoring.apart import CHILD
 from tests.chaos.kills import result
 from tests.runs import run_file, without_pages
 from tests.runtime import faults
-from tests.runtime.killing import kill, rows
+from tests.runtime.killing import in_background, kill, rows
+from tests.scoring.environments import environment
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.usefixtures("one_node")]
 
@@ -95,6 +99,27 @@ def test_a_reward_that_cannot_be_loaded_is_one_sentence(capsys: pytest.CaptureFi
     assert cli.run(["train", "run.yaml", *ON_RAY, "--run-dir", "run"]) == 2
     assert "nothing_of_that_name" in capsys.readouterr().err
     assert not Path("run").exists()
+
+
+def test_a_reward_in_an_environment_of_its_own_gives_the_same_run(place: Path) -> None:
+    """In this process and on Ray, where its process is killed midway."""
+    calm, own = train("calm"), f"rewards.0.venv={environment(place / 'venv')}"
+    assert train("local", own) == calm
+    gc.collect()
+    assert not [child for child in psutil.Process().children() if CHILD[1] in child.cmdline()]
+    run, found = Path("ray"), list[psutil.Process]()
+
+    def of_the_scorer() -> None:
+        for worker in json.loads((run / "workers.json").read_text()):
+            if worker["role"] == "scorer":
+                found.extend(psutil.Process(worker["pid"]).children())
+
+    in_background((run / "workers.json").exists, of_the_scorer)
+    killer = in_background(lambda: bool(found) and rows(run) >= 1, lambda: [child.kill() for child in found])
+    assert train("ray", *ON_RAY, own) == calm
+    killer.join(10)
+    assert len(found) == 1
+    assert "it is replaced" in "".join(path.read_text() for path in (run / "logs").glob("scorer-*.jsonl"))
 
 
 def test_only_references_pass_through_the_driver(monkeypatch: pytest.MonkeyPatch) -> None:

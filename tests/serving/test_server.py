@@ -13,15 +13,14 @@ from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 
 from rlalign.commands.serve_reward import Wish, _config, _reward, serve_reward
-from rlalign.scoring import Reward, RewardConfig, load_reward, wire
+from rlalign.scoring import Reward, RewardConfig, environment, load_reward, wire
 from rlalign.scoring.call import call
-from rlalign.serving import environment
+from rlalign.scoring.child import scored
 from rlalign.serving import token as tokens
 from rlalign.serving.batches import Job, Queue, Refusal
 from rlalign.serving.config import ServeConfig
 from rlalign.serving.meters import Meters
 from rlalign.serving.server import Service, is_our_fault
-from rlalign.serving.worker import scored
 from rlalign.types import Prompt
 from tests.serving.rewards import numbered, numbers_of
 
@@ -97,6 +96,7 @@ def test_nan_and_infinity_are_null():
         (401, "the token is wrong", {"Authorization": f"Basic {TOKEN}"}),
         (401, "the token is wrong", {"Authorization": "Bearer \xfc"}),
         (415, "the Content-Type is text/plain; send application/json, ", {"Content-Type": "text/plain"}),
+        (400, "the Content-Type has letters that no header", {"Content-Type": "application/json; charset=\xfc"}),
         (415, "a compressed request is not unpacked here", {"Content-Encoding": "gzip"}),
         (400, "the Idempotency-Key is longer than 200 letters", {"Idempotency-Key": "k" * 201}),
     ],

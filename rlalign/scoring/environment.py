@@ -4,10 +4,14 @@ rlalign is installed there without its dependencies, and of those only what a se
 packages, so that pip finds versions that suit all of them.
 """
 
+import fcntl
+import hashlib
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import rlalign
@@ -20,9 +24,27 @@ NEEDED = (
 STAMP = "rlalign-reward.json"
 
 
+def interpreter(venv: Path | None, packages: Sequence[str] | None) -> Path:
+    """Of the environment that a reward names; made with ``packages``, below ~/.rlalign unless it says where.
+
+    ValueError where there is none and no packages to make it with.
+    """
+    if packages is not None:
+        folder = venv or _home() / "environments" / hashlib.sha256(json.dumps([*packages]).encode()).hexdigest()[:16]
+        with _locked(folder):
+            return python_of(folder, packages)
+    assert venv is not None
+    if not (python := _program(venv)).exists():
+        raise ValueError(
+            f"there is no interpreter {python}; make the environment first, or name its packages as "
+            "pip: [...], and it is made"
+        )
+    return python
+
+
 def python_of(folder: Path, packages: Sequence[str]) -> Path:
     """The interpreter of the environment in ``folder``, made or brought up to date if it has to be."""
-    python = folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+    python = _program(folder)
     wanted = {"needed": [*NEEDED], "packages": [*packages], "rlalign": ourselves()}
     stamp = folder / STAMP
     if stamp.is_file() and json.loads(stamp.read_text()) == wanted:
@@ -40,6 +62,23 @@ def ourselves() -> list[str]:
     """What pip is told to install this very rlalign: the folder that it stands in, or the release."""
     source = Path(rlalign.__file__).parents[1]
     return ["-e", str(source)] if (source / "pyproject.toml").is_file() else [f"rlalign=={rlalign.__version__}"]
+
+
+def _program(folder: Path) -> Path:
+    return folder / ("Scripts" if sys.platform == "win32" else "bin") / "python"
+
+
+def _home() -> Path:
+    return Path(os.environ.get("RLALIGN_HOME") or Path.home() / ".rlalign").expanduser().absolute()
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """One scorer of this machine makes it, the others wait."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_name(f"{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _run(what: str, *command: str) -> None:

@@ -1,8 +1,8 @@
-"""A worker process of the reward service: loads the reward, then answers batches one after the other.
+"""A reward in a process of its own: loads it, then answers batches one after the other.
 
-Started as `python -m rlalign.serving.worker`. Batches come on standard input as safetensors (`rlalign.scoring.wire`),
-answers go to what was standard output as JSON, each with its length in front. What the reward prints goes to standard
-error. It ends when its input does, so it never outlives the front process by more than a call.
+Started as `python -m rlalign.scoring.child`, by a scorer (`apart`) or by the reward service. Batches come on standard
+input as safetensors (`wire`), answers go to what was standard output as JSON, each with its length in front. What the
+reward prints goes to standard error. It ends when its input does, so it never outlives its parent by more than a call.
 """
 
 import json
@@ -13,12 +13,11 @@ from typing import Any
 
 import torch
 
-from rlalign.scoring import Reward, RewardConfig, load_reward, wire
+from rlalign.scoring import Reward, RewardConfig, frames, load_reward, wire
 from rlalign.scoring.call import TimedOut, call
 from rlalign.scoring.caller import in_words
-from rlalign.serving import frames
 
-OWN = wire.Budget(sys.maxsize, sys.maxsize)  # the front has counted already
+OWN = wire.Budget(sys.maxsize, sys.maxsize)  # the parent has counted already
 
 
 def main() -> None:
@@ -30,7 +29,7 @@ def main() -> None:
     settings = json.loads(told)
     torch.set_num_threads(settings["threads"])
     try:
-        reward = load_reward(RewardConfig(**settings["reward"]), Path(settings["folder"]))
+        reward = loaded(RewardConfig(**settings["reward"]), Path(settings["folder"]))
     except ValueError as error:
         frames.write_json(own, {"refused": " ".join(str(error).split())})
         return
@@ -40,6 +39,13 @@ def main() -> None:
         frames.write_json(own, answer)
         if "timed_out" in answer:
             os._exit(1)  # the thread that hangs cannot be ended otherwise
+
+
+def loaded(config: RewardConfig, folder: Path) -> Reward:
+    reward = load_reward(config, folder)
+    if reward.of_recordings:
+        raise ValueError(f"reward {config.name!r} reads the run's own recordings and cannot be in another process")
+    return reward
 
 
 def scored(reward: Reward, batch: bytes) -> dict[str, Any]:

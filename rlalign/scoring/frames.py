@@ -1,24 +1,24 @@
-"""What the front process and a worker say to each other: JSON or safetensors with its length in front."""
+"""What a parent and the child with its reward say to each other: JSON or safetensors with its length in front."""
 
 import asyncio
 import json
 import struct
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 LENGTH = struct.Struct(">Q")
 
 
-def write(file: BinaryIO, body: bytes) -> None:
+def write(file: IO[bytes], body: bytes) -> None:
     file.write(LENGTH.pack(len(body)))
     file.write(body)
     file.flush()
 
 
-def write_json(file: BinaryIO, value: Any) -> None:
+def write_json(file: IO[bytes], value: Any) -> None:
     write(file, json.dumps(value).encode())
 
 
-def read(file: BinaryIO) -> bytes | None:
+def read(file: IO[bytes]) -> bytes | None:
     """None when the other side is gone."""
     head = file.read(LENGTH.size)
     if len(head) < LENGTH.size:
