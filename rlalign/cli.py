@@ -150,11 +150,17 @@ def evaluate(
     overrides: Overrides = None,
     weights: WhichWeights = None,
     to: Annotated[Path | None, typer.Option(help="Folder for metrics.json and the grid.")] = None,
+    features: Annotated[
+        Path | None, typer.Option(help="FID and KID too, by this network: a .safetensors or a folder.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="base|DIR", help="To the base model's pictures, or to those of a folder.")
+    ] = None,
 ) -> int:
     """Judge a run's last checkpoint, or a run file's untrained model, on held-out prompts."""
-    from rlalign.commands.evaluate import evaluate
+    from rlalign.commands.evaluate import Wish, evaluate
 
-    return evaluate(run, overrides or [], weights, to)
+    return evaluate(Wish(run, overrides or [], weights, to, features, reference))
 
 
 @app.command(epilog="Example: rlalign record quickstart --to pairs --prompts 500 --num 4")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from rlalign import cli
 from rlalign.types import Prompt
-from tests.contracts.families import FAMILIES, Case, rollout_settings
+from tests.contracts.families import FIRST, Case, rollout_settings
 from tests.contracts.families.case import with_image
 from tests.contracts.measured import note
 from tests.runs import without_pages
@@ -23,8 +23,6 @@ def bright(images, prompts):
     "How bright a picture or a film is."
     return images.float().flatten(1).mean(1) / 255
 """
-FIRST = {case.module: case for case in reversed(FAMILIES.values())}
-"""One case of each family."""
 
 
 def prompt_file(case: Case, path: Path, *texts: str) -> str:

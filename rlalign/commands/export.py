@@ -107,37 +107,47 @@ def _written(wish: Wish, kind: str, model: Trained) -> Path:
 
 
 def _exported(wish: Wish, config: RunConfig, kind: str, model: Trained, file: Path) -> Exported:
-    path = config.model.path
-    on_hub = bool(path) and not path.startswith(ZOO) and not Path(path).is_absolute()
+    base = Base.of(config.model.path)
     return Exported(
         what=WHAT[kind],
         relation="adapter" if kind in ("lora", "single lora") else "finetune",
         weights="running average (ema)" if model.weights == "ema" else "policy",
         step=model.step,
         language="text" if wish.single_file else "python",
-        use=_use(wish, kind, path if on_hub else path.rpartition("/")[2], model, file),
+        use=_use(wish, kind, base, model, file),
         about=(config.algorithm_module.__doc__ or "").strip().partition("\n")[0],
-        base=path if on_hub else None,
-        base_folder=_folder_of(path, on_hub),
+        base=base.name if base.on_hub else None,
+        base_folder=base.folder,
     )
 
 
-def _use(wish: Wish, kind: str, base: str, model: Trained, file: Path) -> str:
+def _use(wish: Wish, kind: str, base: "Base", model: Trained, file: Path) -> str:
     """Lines that load the export, from the Hub if it goes there."""
     if kind == "pipeline":
-        return usage.of_pipeline(wish.push or str(file))
+        return usage.of_pipeline(wish.push or str(file), file)
     if kind == "lora":
         trained = dict.fromkeys(name.partition(".")[0] for name in model.policy.parameters)
         nets = {name: model.policy.family.nets[name] for name in trained}
-        return usage.of_lora(base, wish.push or str(file.parent), file, nets)
+        pipeline = usage.of_pipeline(base.name, base.folder)
+        return usage.of_lora(pipeline, wish.push or str(file.parent), file, nets)
     return usage.of_single_file(kind == "single lora", file)
 
 
-def _folder_of(path: str, on_hub: bool) -> Path | None:
-    """Where the base model lies, if that is known without asking the Hub."""
-    if not on_hub:
-        return Path(model_path(path)) if path else None
-    from huggingface_hub import try_to_load_from_cache
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The model that was trained."""
 
-    cached = try_to_load_from_cache(path, "README.md")
-    return Path(cached).parent if isinstance(cached, str) else None
+    name: str  # to load it by: an id of the Hub, or the last part of where it lies
+    on_hub: bool
+    folder: Path | None  # if that is known without asking the Hub
+
+    @staticmethod
+    def of(path: str) -> "Base":
+        if path.startswith(ZOO):
+            return Base(f"rlalign/zoo/{path.removeprefix(ZOO)}", False, Path(model_path(path)))
+        if not path or Path(path).is_absolute():
+            return Base(Path(path).name, False, Path(model_path(path)) if path else None)
+        from huggingface_hub import try_to_load_from_cache
+
+        cached = try_to_load_from_cache(path, "model_index.json")
+        return Base(path, True, Path(cached).parent if isinstance(cached, str) else None)

@@ -1,5 +1,6 @@
 """Lines that load what was exported, for its model card."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from torch import nn
 
 from rlalign.models.lora import adapter_of, takes_adapters
 
-PIPELINE = "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({!r})"
+PIPELINE = "from diffusers import DiffusionPipeline\n\npipe = DiffusionPipeline.from_pretrained({place!r}{absent})"
 BY_PEFT = """\
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -18,17 +19,26 @@ inject_adapter_in_model(config, pipe.{name})
 set_peft_model_state_dict(pipe.{name}, tensors)"""
 
 
-def of_pipeline(place: str) -> str:
-    return PIPELINE.format(place)
+def of_pipeline(place: str, folder: Path | None) -> str:
+    """``place`` is a folder or a repository of the Hub, ``folder`` where its files lie, if that is known."""
+    return PIPELINE.format(place=place, absent="".join(f", {name}=None" for name in _absent(folder)))
 
 
-def of_lora(base: str, place: str, file: Path, nets: Mapping[str, nn.Module]) -> str:
-    """``place`` is a folder or a repository of the Hub, ``nets`` those with adapters, by name.
+def _absent(folder: Path | None) -> list[str]:
+    """Text encoders that the pipeline has not, which its library wants to be told."""
+    if folder is None or not (index := folder / "model_index.json").is_file():
+        return []
+    parts = json.loads(index.read_bytes())
+    return [n for n, part in parts.items() if n.startswith(("text_encoder", "tokenizer")) and part == [None, None]]
+
+
+def of_lora(pipeline: str, place: str, file: Path, nets: Mapping[str, nn.Module]) -> str:
+    """``pipeline`` are the lines that load the base model, ``nets`` those with adapters, by name.
 
     ``load_lora_weights`` knows the first net alone, and some nets of diffusers take adapters from peft only.
     """
     calls = [_of_net(name, net, place, file) for name, net in nets.items()]
-    return "\n".join([PIPELINE.format(base), *calls])
+    return "\n".join([pipeline, *calls])
 
 
 def _of_net(name: str, net: nn.Module, place: str, file: Path) -> str:

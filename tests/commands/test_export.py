@@ -151,7 +151,9 @@ def test_the_lines_of_the_card_load_the_adapters(here: Path, capsys: Capture, fa
     mine = load_file(here / "lora" / "pytorch_lora_weights.safetensors")
     found = list(layers(net).values())
     assert len(found) == len(mine)
-    assert sum(t.double().abs().sum() for t in found) == pytest.approx(sum(t.double().abs().sum() for t in mine.values()))
+    assert sum(t.double().abs().sum() for t in found) == pytest.approx(
+        sum(t.double().abs().sum() for t in mine.values())
+    )
     assert {layer.scaling[n] for layer in net.modules() for n in getattr(layer, "scaling", {})} == {3.0}
 
 
@@ -167,6 +169,7 @@ def test_the_lines_of_the_card_load_both_networks_of_wan(here: Path, capsys: Cap
 def test_the_lines_of_the_card_load_the_pipeline(here: Path, capsys: Capture):
     sd3(here, capsys)
     assert call(capsys, "export", "runs/run", "--to", "whole", "--full").code == 0
+    assert ", text_encoder_3=None, tokenizer_3=None)" in code(here / "whole" / "README.md")
     pipe = loaded(here / "whole" / "README.md")
     model = trained(Path("runs/run"), config_of_run(Path("runs/run")))
     assert isinstance(pipe, DiffusionPipeline) and shown(here / "whole" / "README.md")["tags"][0] == "rlalign"
