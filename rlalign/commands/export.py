@@ -111,7 +111,7 @@ def _exported(wish: Wish, config: RunConfig, kind: str, model: Trained, file: Pa
     return Exported(
         what=WHAT[kind],
         relation="adapter" if kind in ("lora", "single lora") else "finetune",
-        weights="running average (ema)" if model.weights == "ema" else "policy",
+        weights=model.weights,
         step=model.step,
         language="text" if wish.single_file else "python",
         use=_use(wish, kind, base, model, file),

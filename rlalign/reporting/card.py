@@ -65,7 +65,11 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
         picture=picture.name if drawn else None,
         changes=summary.changes(held_out),
         sampling=_sampling(evaluation),
-        remarks=remarks(config["rewards"], held_out, [alarm["name"] for alarm in read_alarms(run.alarms)]),
+        evaluated=max((max(by_step) for by_step in held_out.values()), default=0),
+        remarks=[
+            *remarks(config["rewards"], held_out, [alarm["name"] for alarm in read_alarms(run.alarms)]),
+            *_other_weights(held_out, evaluation, exported),
+        ],
         licence=licence.sentence(front),
         hardware=", ".join(dict.fromkeys(info.hardware.get("gpus") or [info.hardware.get("cpu", "unknown hardware")])),
         config=yaml.safe_dump(_shortened(config), sort_keys=False, allow_unicode=True),
@@ -102,6 +106,21 @@ def remarks(rewards: Sequence[Mapping[str, Any]], held_out: Mapping[str, Series]
     if alarms:
         found.append(f"The run raised alarms: {', '.join(f'`{name}`' for name in dict.fromkeys(alarms))}.")
     return [*found, "One run with one seed. Rewards are proxies: look at pictures before you rely on it."]
+
+
+def _other_weights(held_out: Mapping[str, Series], evaluation: Mapping[str, Any], exported: Exported) -> list[str]:
+    """A sentence where the numbers are not those of the weights that were exported."""
+    judged = {max(by_step) for by_step in held_out.values()}
+    found: list[str] = []
+    if judged and evaluation.get("weights", "policy") != exported.weights:
+        found.append(
+            f"Evaluated were the `{evaluation['weights']}` weights; exported are the `{exported.weights}` ones."
+        )
+    if judged and max(judged) != exported.step:
+        found.append(
+            f"Evaluated were the weights after {max(judged)} updates; exported are those after {exported.step}."
+        )
+    return found
 
 
 def _trained_for(change: summary.Change | None) -> str:
