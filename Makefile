@@ -3,6 +3,7 @@
 #   make quickstart    train the shipped pipeline and watch its reward rise
 #   make test          all tests
 #   make exact         the exact ladder with five seeds; writes what was measured to benchmarks/results/exact.md
+#   make families      the tests of model families; writes what they measured to docs/assets/families.json
 #   make lint          format, types, import contracts
 RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
 PYTHON ?= $(firstword $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do $$p $(RECENT) && echo $$p; done))
@@ -12,7 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 OFFLINE := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 
-.PHONY: quickstart test exact lint format docs
+.PHONY: quickstart test exact families lint format docs
 
 quickstart: $(STAMP)
 	$(OFFLINE) $(BIN)/rlalign train quickstart
@@ -22,6 +23,10 @@ test: $(STAMP)
 
 exact: $(STAMP)
 	OMP_NUM_THREADS=1 RLALIGN_EXACT_SEEDS=5 RLALIGN_EXACT_TABLE=$(TABLE) $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/exact $(ARGS)
+
+families: $(STAMP)
+	OMP_NUM_THREADS=1 RLALIGN_FAMILY_TABLE=docs/assets/families.json $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/contracts/test_families.py tests/test_families_train.py $(ARGS)
+	$(BIN)/python docs/generate.py
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import re
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any, Literal, Union, get_args, get_origin
 
 from diffusers import DiffusionPipeline
@@ -68,7 +68,7 @@ def filled(page: str) -> str:
 
 def table(name: str) -> str:
     own = {"metrics": metrics, "prometheus": prometheus, "comparison": comparison}
-    own |= {"families": families, "family keys": family_keys}
+    own |= {"families": families, "families tested": families_tested, "family keys": family_keys}
     if name.startswith("curve "):
         return "\n".join(curve(name.removeprefix("curve ")))
     return "\n".join(own[name]() if name in own else keys(BLOCKS[name]))
@@ -157,6 +157,34 @@ def families() -> Iterator[str]:
             ", ".join(map(_code, targets)),
         )
         yield f"| {' | '.join(cells)} |"
+
+
+MEASURED = {
+    "parity": "picture, to the pipeline's",
+    "lora": "exported LoRA",
+    "folder": "exported folder",
+    "ratio": "ratio, trained in float32",
+    "bfloat16_same_shape": "bfloat16",
+    "float32_row_by_row": "float32, row by row",
+    "bfloat16_row_by_row": "bfloat16, row by row",
+    "bfloat16_under_float32": "bfloat16 under float32",
+}
+"""What `make families` measured, and the heads of its columns."""
+
+
+def families_tested() -> Iterator[str]:
+    """The largest value of each number over a family's tests; a file's lines of code, and their median."""
+    told = json.loads((DOCS / "assets" / "families.json").read_text())
+    found: dict[str, dict[str, float]] = told["families"]
+    yield f"| family | {' | '.join(MEASURED.values())} | steps of GRPO, NFT | code lines |"
+    yield "|---" * (len(MEASURED) + 3) + "|"
+    for name, own in found.items():
+        cells = [f"{own[key]:.1g}" if key in own else "" for key in MEASURED]
+        steps = f"{own['grpo_steps']:.0f}, {own['nft_steps']:.0f}"
+        yield f"| {_code(name)} | {' | '.join(cells)} | {steps} | {own['lines']:.0f} |"
+    lines = [own["lines"] for own in found.values()]
+    yield ""
+    yield f"{told['about']}. The median of the code lines is {median(lines):g}, the most {max(lines):.0f}."
 
 
 def family_keys() -> Iterator[str]:

@@ -156,11 +156,17 @@ def evaluate(
     part: Annotated[
         Literal["heldout", "test"], typer.Option("--prompts", help="test: those that nothing was chosen by.")
     ] = "heldout",
+    features: Annotated[
+        Path | None, typer.Option(help="FID and KID too, by this network: a .safetensors or a folder.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="base|DIR", help="To the base model's pictures, or to those of a folder.")
+    ] = None,
 ) -> int:
     """Judge a run's last checkpoint, or a run file's untrained model, on held-out prompts."""
-    from rlalign.commands.evaluate import evaluate
+    from rlalign.commands.evaluate import Wish, evaluate
 
-    return evaluate(run, overrides or [], weights, to, part)
+    return evaluate(Wish(run, overrides or [], weights, to, features, reference, part))
 
 
 @app.command(epilog="Example: rlalign record quickstart --to pairs --prompts 500 --num 4")
@@ -179,17 +185,22 @@ def record(
     return recording.record(recording.Wish(run, overrides or [], prompts, num, seed, weights, to))
 
 
-@app.command(epilog="Example: rlalign export runs/quickstart --to my_lora")
+@app.command(epilog="Examples: rlalign export runs/quickstart --to my_lora  |  ... --to my_model --full")
 def export(
     run: RunFolder,
-    to: Annotated[Path, typer.Option(help="Folder to write, or a file.safetensors for a LoRA.")],
+    to: Annotated[Path, typer.Option(help="Folder to write, or a file.safetensors.")],
     full: Annotated[bool, typer.Option("--full", help="The whole pipeline, adapters added into its weights.")] = False,
+    single_file: Annotated[
+        bool, typer.Option("--single-file", help="One file as ComfyUI reads it: a LoRA, or with --full the net.")
+    ] = False,
     weights: WhichWeights = None,
+    push: Annotated[str | None, typer.Option(metavar="ORG/NAME", help="Upload the new folder to the Hub.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="With --push: for everybody to see.")] = False,
 ) -> int:
-    """Write trained weights for diffusers: a LoRA, or the whole pipeline with --full."""
-    from rlalign.commands.export import export
+    """Write trained weights with a model card: a LoRA, the whole pipeline, or a single file."""
+    from rlalign.commands.export import Wish, export
 
-    return export(run, to, full, weights)
+    return export(Wish(run, to, full, single_file, weights, push, public))
 
 
 @app.command(epilog="Examples: rlalign report runs/quickstart  |  rlalign report runs/quickstart --trace")

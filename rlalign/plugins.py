@@ -14,6 +14,7 @@ FOLDERS: dict[Kind, str] = {"algorithm": "rlalign.algorithms", "model": "rlalign
 NOT_PLUGINS = {
     "base",
     "lora",
+    "single_file",
     "flow_match",
     "flux_packed",
     "video",

@@ -2,7 +2,10 @@
 
 import os
 
-from tests.reference.summary import pytest_terminal_summary
+import pytest
+
+from tests.contracts import measured
+from tests.reference import summary
 
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY"):
     os.environ[name] = "1"
@@ -10,4 +13,7 @@ os.environ["OMP_NUM_THREADS"] = "1"  # threads are part of the numbers
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["MPLBACKEND"] = "Agg"
 
-__all__ = ["pytest_terminal_summary"]
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    summary.pytest_terminal_summary(terminalreporter)
+    measured.pytest_terminal_summary(terminalreporter)

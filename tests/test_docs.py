@@ -1,5 +1,6 @@
 """The pages say what the code does: their tables are the code's, their examples run."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from rlalign.scoring import RewardConfig, load_reward
 from rlalign.types import Prompt, RewardScores, Scores, Size, Unit
 from rlalign.workers.learner import Learner, OptimizerConfig
 from rlalign.workers.sampler import Sampler
+from tests.runs import call, without_pages
 from tests.tiny import sd3_folder, sd3_policy
 
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,7 @@ def example(tmp_path: Path) -> Example:
 
     def written(name: str) -> Path:
         found = re.search(
-            rf"```python\n# {re.escape(name)}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
+            rf"```(?:python|yaml)\n# {re.escape(name)}\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL
         )
         assert found, f"CONTRIBUTING.md shows no {name}"
         path = tmp_path / Path(name).name
@@ -114,16 +116,7 @@ def test_the_example_of_an_algorithm(example: Example, tmp_path: Path):
 def test_the_example_of_a_family(example: Example, tmp_path: Path):
     """A deterministic rollout under it is what diffusers makes of the same noise by DDIM; LoRA finds layers."""
     module = load("model", str(example("rlalign/models/ddpm.py")))
-    torch.manual_seed(0)
-    unet = UNet2DModel(
-        sample_size=8,
-        block_out_channels=(8, 8),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
-        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
-        norm_num_groups=4,
-        attention_head_dim=4,
-    )
-    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(prediction_type="epsilon")).save_pretrained(tmp_path / "ddpm")
+    unet = ddpm(tmp_path / "ddpm")
     family = module.Family.load(module.Config(), str(tmp_path / "ddpm"), torch.float32, "cpu")
     with pytest.raises(ValueError, match="8 x 8"):
         family.latent_shape(Size(16, 16))
@@ -140,6 +133,48 @@ def test_the_example_of_a_family(example: Example, tmp_path: Path):
     torch.testing.assert_close(
         final, by_ddim(unet, sampler.initial_noise(unit, settings), steps=4), atol=1e-5, rtol=1e-5
     )
+
+
+@pytest.mark.parametrize("algorithm", ["grpo", "nft"])
+def test_the_example_of_a_family_trains_from_a_file_outside_the_package(
+    example: Example,
+    tmp_path: Path,
+    algorithm: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    """Two steps by its own run file, through the command line, and out again for the library's own pipeline."""
+    monkeypatch.chdir(tmp_path)
+    without_pages(monkeypatch)
+    ddpm(tmp_path / "ddpm")
+    assert not example("rlalign/models/ddpm.py").is_relative_to(ROOT)
+    run = example("ddpm.yaml")
+    (tmp_path / "prompts.txt").write_text("a\nb\n")
+    (tmp_path / "heldout.txt").write_text("c\n")
+    overrides = [f"algorithm={algorithm}", *(["rollout.kernel=ddim"] if algorithm == "grpo" else [])]
+    done = call(capsys, "train", str(run), *overrides, "steps=2", "optimizer.lr=1e-2", "reporting.tensorboard=false")
+    assert done.code == 0, done.err
+    rows = [json.loads(line) for line in Path("runs/ddpm/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and all(row["grad_norm"] > 0 for row in rows)
+    assert all(row.get("ratio/max_abs_dev", 0.0) == 0 for row in rows)  # NFT has none
+    assert call(capsys, "export", "runs/ddpm", "--to", "whole", "--full").code == 0
+    before, after = (DDPMPipeline.from_pretrained(folder).unet.state_dict() for folder in ("ddpm", "whole"))
+    assert before.keys() == after.keys() and any(not torch.equal(before[name], after[name]) for name in before)
+
+
+def ddpm(folder: Path) -> UNet2DModel:
+    """A tiny random pipeline for the example, which it writes."""
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 8),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+    DDPMPipeline(unet=unet, scheduler=DDPMScheduler(prediction_type="epsilon")).save_pretrained(folder)
+    return unet
 
 
 @torch.no_grad()

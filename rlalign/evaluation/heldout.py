@@ -1,6 +1,6 @@
 """Evaluation on held-out prompts: fixed addresses, deterministic steps, no effect on the run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,7 +13,7 @@ from rlalign.policy import RolloutConfig
 from rlalign.prompts import PromptSet, evenly
 from rlalign.runtime.pool import Pool
 from rlalign.settings import Settings
-from rlalign.types import Scores, Unit
+from rlalign.types import Prompt, Scores, Unit
 
 GRID_PROMPTS = 8
 
@@ -39,6 +39,10 @@ class EvaluationConfig(Settings):
     def due(self, step: int, last: int) -> bool:
         return step in (0, last) or (self.every > 0 and step % self.every == 0)
 
+    def prompts(self, heldout: PromptSet) -> tuple[Prompt, ...]:
+        """As many as make ``num_images``, from all over the file."""
+        return heldout.spread(-(-self.num_images // self.samples_per_prompt))
+
     def rollout(self, training: RolloutConfig) -> RolloutConfig:
         """How evaluation samples: the training settings with its own solver, steps and guidance."""
         changes = {name: getattr(self, name) for name in ("num_steps", "guidance_scale", "solver")}
@@ -53,20 +57,40 @@ class Evaluation:
 
 
 def evaluate(
-    samplers: Pool, scorers: Pool, prompts: PromptSet, settings: EvaluationConfig, training: RolloutConfig
+    samplers: Pool,
+    scorers: Pool,
+    prompts: PromptSet,
+    settings: EvaluationConfig,
+    training: RolloutConfig,
+    seen: Callable[[Tensor], None] | None = None,
 ) -> Evaluation:
-    """Scores of every role on the same prompts and the same initial noise, whatever the step."""
+    """Scores of every role on the same prompts and the same initial noise, whatever the step.
+
+    ``seen`` is called with the pictures that were judged, [B, (F,) 3, H, W] uint8, a unit at a time and in order.
+    """
     plan, samples = settings.rollout(training), settings.samples_per_prompt
-    chosen = prompts.spread(-(-settings.num_images // samples))
+    chosen = settings.prompts(prompts)
     units = split(0, chosen, samples, plan.micro_batch, purpose="evaluation")
     images = [samplers.submit("sample", unit, plan, settings.weights, returns=2)[1] for unit in units]
     roles = ("train", "monitor", "heldout")
     scored = [scorers.submit("score", image, unit, roles) for unit, image in zip(units, images, strict=True)]
     scores = Scores.concat(scorers.get(scored))
+    if seen is not None:
+        for image in images:
+            seen(*samplers.get([image]))
     shown = evenly(len(chosen), GRID_PROMPTS)
     unit = Unit(0, shown, tuple(chosen[group] for group in shown), samples, "evaluation")
     (pictures,) = samplers.get([samplers.submit("sample", unit, plan, settings.weights, returns=2)[1]])
     return Evaluation(summary(scores), pictures.unflatten(0, (-1, samples)), [prompt.text for prompt in unit.prompts])
+
+
+def base_pictures(
+    samplers: Pool, prompts: PromptSet, settings: EvaluationConfig, training: RolloutConfig
+) -> Iterator[Tensor]:
+    """What ``evaluate`` would judge, [B, (F,) 3, H, W] uint8 a unit, as the untrained weights draw it."""
+    plan, samples = settings.rollout(training), settings.samples_per_prompt
+    for unit in split(0, settings.prompts(prompts), samples, plan.micro_batch, purpose="evaluation"):
+        yield from samplers.get([samplers.submit("sample", unit, plan, "reference", returns=2)[1]])
 
 
 def summary(scores: Scores) -> dict[str, float]:

@@ -5,6 +5,7 @@ peft and transformers take seconds to import, so only functions that need them d
 """
 
 import json
+from collections import ChainMap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from rlalign.settings import Settings
 
 ADAPTER = "default"  # peft's own name for the only one; it is part of the weights' names
+METADATA = "lora_adapter_metadata"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 
 
@@ -99,21 +101,37 @@ def merged(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: _merged(deepcopy(net)) for name, net in nets.items()}
 
 
-def save_lora(nets: Mapping[str, nn.Module], folder: Path, tensors: Mapping[str, Tensor]) -> Path:
-    """Writes adapter weights, named as by ``attach``, to the file that ``pipe.load_lora_weights(folder)`` reads.
+def save_lora(
+    nets: Mapping[str, nn.Module], folder: Path, tensors: Mapping[str, Tensor], file: str = LORA_FILE
+) -> Path:
+    """Writes adapter weights, named as by ``attach``, to a file that ``pipe.load_lora_weights(folder)`` reads.
 
     Rank and alpha go along as diffusers' own metadata: without them a reader takes alpha = rank.
     """
     state = {name.replace(f".{ADAPTER}.", "."): tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata: dict[str, Any] = {}
-    for name, net in nets.items():
-        if hasattr(net, "peft_config"):
-            config: Any = net.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
-            own = {"r": config.r, "lora_alpha": config.lora_alpha, "target_modules": sorted(config.target_modules)}
-            metadata |= {f"{name}.{key}": value for key, value in own.items()}
+    adapted = {name: adapter_of(net) for name, net in nets.items() if hasattr(net, "peft_config")}
+    own = [metadata_of(name, config, config.lora_alpha) for name, config in adapted.items()]
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, folder / LORA_FILE, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata)})
-    return folder / LORA_FILE
+    save_file(state, folder / file, {"format": "pt", METADATA: json.dumps(dict(ChainMap(*own)))})
+    return folder / file
+
+
+def takes_adapters(net: nn.Module) -> bool:
+    """Whether diffusers can load a LoRA into it."""
+    from diffusers.loaders.peft import PeftAdapterMixin
+
+    return isinstance(net, PeftAdapterMixin)
+
+
+def adapter_of(net: nn.Module) -> Any:
+    """peft's config of what ``attach`` put into the net."""
+    return net.peft_config[ADAPTER]  # pyright: ignore[reportIndexIssue, reportArgumentType]
+
+
+def metadata_of(name: str, config: Any, alpha: float) -> dict[str, Any]:
+    """What diffusers has to know of a net's adapters, by its names for it."""
+    own = {"r": config.r, "lora_alpha": alpha, "target_modules": sorted(config.target_modules)}
+    return {f"{name}.{key}": value for key, value in own.items()}
 
 
 def _freeze(nets: Mapping[str, nn.Module], names: Sequence[str]) -> None:

@@ -4,12 +4,14 @@ import base64
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from rlalign.files import in_words
 from rlalign.reporting.glossary import explain
 from rlalign.reporting.metrics import Row, column
 from rlalign.reporting.summary import LEAST_DIVERSITY, Series
@@ -59,7 +61,24 @@ def charts(rows: Sequence[Row], held_out: Mapping[str, Series], more: Mapping[st
 
 
 def _reward_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: Mapping[str, str]) -> Chart | None:
-    names = ("reward/mean", "eval/reward/mean")
+    names, figure = ("reward/mean", "eval/reward/mean"), _reward_figure(rows, held_out)
+    return None if figure is None else Chart("Reward", as_uri(figure), _explanations(names, more))
+
+
+def save_reward_chart(rows: Sequence[Row], held_out: Mapping[str, Series], file: Path) -> bool:
+    """As a PNG on white; whether there was anything to draw."""
+    figure = _reward_figure(rows, held_out)
+    if figure is None:
+        return False
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, facecolor="white")
+    with in_words(f"write {file}"):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(buffer.getvalue())
+    return True
+
+
+def _reward_figure(rows: Sequence[Row], held_out: Mapping[str, Series]) -> Figure | None:
     train, evaluated = column(rows, "reward/mean"), held_out.get("reward/mean", {})
     if not train and not evaluated:
         return None
@@ -67,7 +86,7 @@ def _reward_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: Map
     _draw(axes, _thinned(train), GREY, "training prompts", thin=True)
     _draw(axes, evaluated, COLOURS[0], "held-out prompts")
     legend(figure)
-    return Chart("Reward", as_uri(figure), _explanations(names, more))
+    return figure
 
 
 def _diversity_chart(rows: Sequence[Row], held_out: Mapping[str, Series], more: Mapping[str, str]) -> Chart | None:

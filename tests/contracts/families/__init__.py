@@ -8,8 +8,11 @@ import pkgutil
 
 from tests.contracts.families.case import Case, Plain, ode, rollout_settings
 
-__all__ = ["FAMILIES", "Case", "Plain", "ode", "rollout_settings"]
+__all__ = ["FAMILIES", "FIRST", "Case", "Plain", "ode", "rollout_settings"]
 
 FAMILIES: dict[str, Case] = {}
 for _module in pkgutil.iter_modules(__path__):
     FAMILIES |= getattr(importlib.import_module(f"{__name__}.{_module.name}"), "CASES", {})
+
+FIRST = {case.module: case for case in reversed(FAMILIES.values())}
+"""One case of each family."""
