@@ -63,7 +63,7 @@ class Algorithm(Stateless):
         self.config = config
         starts: tuple[Copy, ...] = ("start",) if config.updates_per_step > 1 else ()
         teachers: tuple[Copy, ...] = ("teacher",) if config.teacher_weight > 0 else ()
-        self.needs = Needs(trajectory=False, copies=starts + teachers, silent_zero=not config.anchors)
+        self.needs = Needs(trajectory=False, copies=starts + teachers, silent_zero=config.teacher_weight == 0)
 
     def advantages(self, scores: Scores) -> Tensor:
         config = self.config

@@ -31,7 +31,7 @@ class Needs:
     By convention ``old`` lags behind and may be what samples, ``start`` is what the step began with, ``teacher`` an
     anchor.
     """
-    silent_zero: bool = False  # a row with advantage 0 has no gradient, so micro-batches of such rows may be skipped
+    silent_zero: bool = False  # a row with advantage 0 feels no more than the penalty, and may be skipped without one
     reward_gradient: bool = False  # differentiates the rewards: the learner sets ``reward`` (see reward_gradients.py)
     log_probs_only: bool = False  # asks ``Policy.log_probs`` and for no more of a replay, so ``rollout.retain`` will do
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
@@ -65,7 +65,8 @@ class Algorithm(Protocol):
         """Losses of one micro-batch: every row its own prompt (P = B = b), advantages [b]. One backward per Loss.
 
         Rows of a group have the first two numbers of ``sample.address`` in common. With ``needs.whole_groups`` all its
-        rows are there, in order, but for those left out: invalid ones and, with ``silent_zero``, those of advantage 0.
+        rows are there, in order, but for those left out: invalid ones and, with ``silent_zero``, those of advantage 0
+        that no penalty holds.
         """
         ...
 

@@ -48,7 +48,7 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=config.kl_weight == 0)
+        self.needs = Needs(trajectory=True, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

@@ -47,7 +47,7 @@ class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         copies = ("start",) if config.updates_per_step > 1 else ()
-        self.needs = Needs(trajectory=False, copies=copies, silent_zero=config.kl_weight == 0)
+        self.needs = Needs(trajectory=False, copies=copies, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

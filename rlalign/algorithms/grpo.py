@@ -54,7 +54,7 @@ class Config(AdvantageSettings, Penalised):
     step_weight: StepWeight = "none"
     """w of a step: tempflow grows with its noise, flash makes all gradients equally long; mean 1 over the steps."""
     zero_std_groups: Literal["drop", "keep"] = "drop"
-    """keep: rows with advantage 0 still feel the penalty; drop: they do not count at all."""
+    """Whether samples of a group that teaches nothing feel the penalty all the same."""
     constraints: dict[str, float] = Field(default_factory=dict[str, float])
     """Rewards by name that are to reach a mean and no more; their weights are found in training."""
     constraint_rate: float = Field(default=0.1, gt=0)
@@ -73,8 +73,7 @@ class Algorithm:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.multipliers = Multipliers(config.constraints, config.constraint_rate)
-        free, drops = config.kl_weight == 0, config.zero_std_groups == "drop"
-        self.needs = Needs(trajectory=True, silent_zero=free or drops, log_probs_only=free)
+        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=config.kl_weight == 0)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(self.multipliers.weighted(scores) if self.config.constraints else scores, self.config)
@@ -101,9 +100,7 @@ class Algorithm:
         kl = None
         if step is not None and reference is not None:
             kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
-        feel = advantages != 0 if self.config.zero_std_groups == "drop" else None
-        means = ratio_means(rho, low, high)
-        return kept_step(sample, policy_loss, rho, means, kl, self.config.kl_weight, feel)
+        return kept_step(sample, policy_loss, rho, ratio_means(rho, low, high), kl, self.config.kl_weight)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
         return {}

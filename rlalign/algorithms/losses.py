@@ -86,13 +86,11 @@ def kept_step(
     means: dict[str, Tensor],
     kl: Tensor | None,
     kl_weight: float,
-    held_rows: Tensor | None = None,
 ) -> Loss:
-    """Of one kept step: the policy term, and the penalty where there is one, in ``held_rows`` [b] of 0 and 1 alone."""
+    """Of one kept step: the policy term, and the penalty where there is one."""
     rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **means}
     if kl is not None:
-        penalty, means["kl"] = kl_weight * kl, kl.detach()
-        rows = rows + (penalty if held_rows is None else penalty * held_rows)
+        rows, means["kl"] = rows + kl_weight * kl, kl.detach()
     return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlalign import checkpoint
 from rlalign.algorithms.base import Algorithm
-from rlalign.algorithms.regularise import Regulariser
+from rlalign.algorithms.regularise import Regulariser, weight_of
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
@@ -169,7 +169,9 @@ class Learner:
     ) -> None:
         if batch.graphs:  # gradients go as far as the log-probs, and from there through what the rollout kept
             batch = replace(batch, log_probs=batch.log_probs.clone().requires_grad_())
+        visited, before = 0.0, metrics.weights["kl"]
         for micro, weight in self._passes(batch, rows, advantages):
+            visited += float(weight.sum())
             sample = batch.take(micro).to(self.policy.device)
             for loss in self.algorithm.losses(
                 self.policy, sample, advantages[micro].to(self.policy.device), self.noise
@@ -181,6 +183,8 @@ class Learner:
                     )
                 (loss.rows * weight).sum().div(total).backward(retain_graph=bool(batch.graphs))
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
+        if visited:  # rows that were left out feel no penalty, which is how they count
+            metrics.weights["kl"] += (metrics.weights["kl"] - before) * (len(rows) / visited - 1)
         for graph in batch.graphs:
             assert batch.log_probs.grad is not None
             graph.log_probs.backward(batch.log_probs.grad[graph.rows, graph.slots])
@@ -205,7 +209,7 @@ class Learner:
             yield from self._whole_groups(batch, rows, advantages)
             return
         if self.algorithm.needs.silent_zero and not batch.graphs:
-            silent = advantages[rows] == 0
+            silent = self._silent(batch, rows, advantages)
             rows = torch.cat([rows[~silent], rows[silent]])
             size = self.policy.settings.micro_batch
             rows = rows[: max(size, math.ceil(int((~silent).sum()) / size) * size)]
@@ -213,10 +217,16 @@ class Learner:
         for places, real in in_micro_batches(lambda places: places, len(rows), size):
             yield rows[places], (torch.arange(size) < real).float().to(self.policy.device)
 
+    def _silent(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Tensor:
+        """[b] bool: rows of advantage 0 that no penalty holds."""
+        held = torch.full_like(advantages, weight_of(self.algorithm)) if batch.held is None else batch.held
+        return (advantages[rows] == 0) & (held[rows] == 0)
+
     def _whole_groups(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """As many whole groups as fit into a micro-batch, at least one; none is padded, which would change its sums."""
-        if self.algorithm.needs.silent_zero and advantages[rows].any():
-            rows = rows[advantages[rows] != 0]
+        silent = self._silent(batch, rows, advantages)
+        if self.algorithm.needs.silent_zero and not silent.all():
+            rows = rows[~silent]
         _, sizes = batch.address[rows, :2].unique_consecutive(dim=0, return_counts=True)
         part: list[Tensor] = []
         for group in [*rows.split(sizes.tolist()), None]:

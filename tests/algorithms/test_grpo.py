@@ -122,7 +122,7 @@ def test_the_penalty_is_against_the_start_and_not_in_the_logged_policy_loss(poli
     moved(policy)
     with_penalty, without = (losses(policy, trajectory, kl_weight=w)[0] for w in (10.0, 0.0))
     assert torch.equal(with_penalty.means["policy_loss"], without.means["policy_loss"])
-    assert torch.allclose(3 * (with_penalty.rows - without.rows), 10 * with_penalty.means["kl"] * (ADVANTAGES != 0))
+    assert torch.allclose(3 * (with_penalty.rows - without.rows), 10 * with_penalty.means["kl"])
     assert "kl" not in without.means
 
 
@@ -141,21 +141,13 @@ def test_under_lora_the_reference_is_the_net_without_its_adapter():
     assert all(p.grad is not None and (p.grad != 0).any() for p in parameters.values())
 
 
-def test_rows_without_advantage_are_dropped_or_kept(policy: Policy, trajectory: Trajectory):
+def test_a_row_of_average_reward_feels_the_penalty(policy: Policy, trajectory: Trajectory):
+    """Whether it does is a matter of its group, which the driver knows (regularise.weighed), not of its advantage."""
     moved(policy)
-    dropped = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="drop")[0].rows
-    kept = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="keep")[0].rows
+    (term, *_) = losses(policy, trajectory, kl_weight=3.0)
     silent = ADVANTAGES == 0
-    assert (dropped[silent] == 0).all()
-    assert (kept[silent] > 0).all()
-    assert torch.equal(dropped[~silent], kept[~silent])
-
-
-def test_only_rows_that_cannot_matter_are_called_silent():
-    assert Algorithm(Config()).needs.silent_zero
-    assert Algorithm(Config(zero_std_groups="keep")).needs.silent_zero
-    assert Algorithm(Config(kl_weight=0.1)).needs.silent_zero
-    assert not Algorithm(Config(kl_weight=0.1, zero_std_groups="keep")).needs.silent_zero
+    assert (term.means["kl"][silent] > 0).all()
+    assert torch.allclose(term.rows[silent], term.means["kl"][silent])  # 3 / K, K = 3
 
 
 def test_no_reference_pass_without_a_penalty(policy: Policy, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch):

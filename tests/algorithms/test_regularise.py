@@ -263,6 +263,50 @@ def test_a_gate_weighs_the_penalty_and_leaves_advantages_alone():
     assert metrics == {"advantage/gated": 0.5} and none == {}
 
 
+ALIKE: dict[str, list[list[float]]] = {"ocr": [[1.0, 0.0, -1.0, 0.0], [2.0, 2.0, 2.0, 2.0]]}
+
+
+def test_groups_that_teach_nothing_are_dropped_as_groups():
+    """A sample of average reward in a group that does teach is held like its like."""
+    chosen = grpo.Algorithm(grpo.Config(kl_weight=KL, advantage="center", select="top_bottom", select_count=1))
+    told, _ = weighed(chosen, scores(ALIKE))
+    assert told[..., 0].tolist() == [[1, 0, -1, 0], [0, 0, 0, 0]]
+    assert told[..., 1].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    for other in ({"zero_std_groups": "keep", "kl_weight": KL}, {"kl_weight": 0.0}):
+        told, _ = weighed(grpo.Algorithm(grpo.Config(**other)), scores(ALIKE))
+        assert told.shape == (2, 4)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("grpo", {"advantage": "center"}), ("dpok", {}), ("rvm", {"advantage": "loo"})])
+def test_a_dropped_group_is_no_part_of_the_gradient_and_counts_nothing_in_kl(name: str, plain: dict[str, str]):
+    """As if it had not been there, but for the number of rows that everything is divided by."""
+    module = plugins.load("algorithm", name)
+
+    def moved(drop: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        chosen = module.Algorithm(module.Config(kl_weight=1.0, zero_std_groups="drop" if drop else "keep", **plain))
+        sampler, learner = small.workers(chosen)
+        step(sampler, learner, 0)
+        trajectories = small.sample(sampler, 1)
+        rewards = small.scored(trajectories).total
+        rewards[2] = 5.0
+        rewards[1, 3] = rewards[1, 4]
+        valid = torch.ones_like(rewards, dtype=torch.bool)
+        valid[2] = drop
+        texts = tuple(prompt.text for prompt in small.PROMPTS)
+        told, _ = weighed(chosen, Scores({"first": RewardScores(rewards, valid, "train", 1.0)}, texts))
+        caught: dict[str, Tensor] = {}
+        optimizer: Any = learner.optimizer
+        optimizer.step = lambda: caught.update({k: p.grad.clone() for k, p in learner.policy.parameters.items()})
+        metrics = learner.update(trajectories, told, 1, valid=valid)
+        return caught, metrics
+
+    (dropped, seen), (subset, alone) = moved(True), moved(False)
+    for key, gradient in dropped.items():
+        assert gradient.any()
+        torch.testing.assert_close(gradient, subset[key] * 18 / 24, rtol=1e-4, atol=1e-7)
+    assert seen["kl"] == pytest.approx(alone["kl"] * 18 / 24, rel=1e-5)
+
+
 def test_the_learners_of_a_group_get_their_share_of_both():
     told = torch.arange(4 * 3 * 2.0).reshape(4, 3, 2)
     units = [Unit(0, (group,), (Prompt("a"),), 3) for group in range(4)]
