@@ -36,6 +36,16 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    if needs.fresh and config.runtime.max_staleness:
+        yield (
+            f"runtime.max_staleness is {config.runtime.max_staleness}, but this setting of algorithm "
+            f"{config.algorithm.name} is right for fresh samples only; set it to 0, or for ddpo algorithm.mode: is"
+        )
+    if needs.densities and rollout.cps_logprob == "unscaled":
+        yield (
+            f"rollout.cps_logprob is unscaled, which is no density, and this setting of algorithm "
+            f"{config.algorithm.name} compares densities; set it to gaussian"
+        )
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)

@@ -37,6 +37,8 @@ class Needs:
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
     candidates: bool = False  # compares draws from one state: ``rollout.candidates`` says how many
     uncond: bool = False  # the negative prompts of samples that were made without guidance, too
+    fresh: bool = False  # right for samples of the very weights that are updated, and for no others
+    densities: bool = False  # its log-probs have to be those of the step: no ``rollout.cps_logprob: unscaled``
 
 
 @dataclass(frozen=True, slots=True)

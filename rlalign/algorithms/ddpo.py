@@ -82,11 +82,11 @@ def normalize(rewards: Tensor, history: Tensor) -> Tensor:
 
 
 class Algorithm:
-    needs = Needs(trajectory=True, silent_zero=True, log_probs_only=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=True, fresh=config.mode == "sf")
         self.tracker = Tracker(config.buffer_size, config.min_count)
 
     def advantages(self, scores: Scores) -> Tensor:

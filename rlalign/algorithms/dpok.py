@@ -75,7 +75,7 @@ class Algorithm:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=True)
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=config.kl_weight > 0)
         self.values = Values(config.value_rate)
 
     def advantages(self, scores: Scores) -> Tensor:

@@ -48,7 +48,8 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=True)
+        compares = config.kl_weight > 0 and config.kl_form == "gaussian"
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=compares)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

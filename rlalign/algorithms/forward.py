@@ -73,7 +73,11 @@ class RatioSettings(ForwardSettings):
 
     @property
     def began_with(self) -> Literal["policy", "start"]:
-        """The weights at the beginning of the step: with a single update the policy's own, which costs nothing."""
+        """The weights at the beginning of the step: with a single update the policy's own, which costs nothing.
+
+        They are not those that sampled where ``runtime.max_staleness`` is above 0: the ratio corrects for the updates
+        of its own step alone.
+        """
         return "start" if self.updates_per_step > 1 else "policy"
 
 
@@ -225,10 +229,15 @@ def anchor(v: Tensor, fixed: Tensor, t: Tensor, weighting: TimeWeighting) -> Ten
     return time_weight(t, weighting) * mean_square(v - fixed)
 
 
+def distance(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
+    """w(t) mean_D (v - v_fixed)² [b], of the noise for models that predict it."""
+    found = anchor(v, fixed, at.t, weighting)
+    return found if at.unit is None else at.unit * found
+
+
 def penalty(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
     """w(t) mean_D (v - v_fixed)² [b], what holds a velocity to another, in the samples that are to be held."""
-    distance = anchor(v, fixed, at.t, weighting)
-    return held(distance if at.unit is None else at.unit * distance, at.held)
+    return held(distance(v, fixed, at, weighting), at.held)
 
 
 @dataclass(frozen=True, slots=True)

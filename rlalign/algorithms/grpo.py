@@ -73,7 +73,8 @@ class Algorithm:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.multipliers = Multipliers(config.constraints, config.constraint_rate)
-        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=config.kl_weight == 0)
+        free, compares = config.kl_weight == 0, config.kl_weight > 0 and config.kl_form == "gaussian"
+        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=free, densities=compares)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(self.multipliers.weighted(scores) if self.config.constraints else scores, self.config)

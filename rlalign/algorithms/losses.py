@@ -66,7 +66,17 @@ def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["me
     if form == "mean_sq":
         return held(mean_square(step.gaussian.mean - reference.gaussian.mean), step.held)
     kl = held(step.gaussian.kl(reference.gaussian, reduction), step.held)
-    return kl if form == "gaussian" else (step.now.sigma - step.nxt.sigma).flatten() * kl
+    return kl if form == "gaussian" else step_length(step) * kl
+
+
+def step_length(step: Step) -> Tensor:
+    """τ = σ - σ' [b]; ValueError off the flow path, where noise levels are no times."""
+    if not torch.allclose(step.now.alpha + step.now.sigma, torch.ones_like(step.now.sigma), atol=1e-4):
+        raise ValueError(
+            "the length τ of a step belongs to flow-matching models, and this one is not: set algorithm.kl_form to "
+            "gaussian or velocity, and for grpo_guard guard_div_tau: false"
+        )
+    return (step.now.sigma - step.nxt.sigma).flatten()
 
 
 @torch.no_grad()

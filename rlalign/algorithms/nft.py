@@ -24,9 +24,9 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
-from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, velocity
+from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, penalty, velocity
 from rlalign.algorithms.losses import mean_square
-from rlalign.algorithms.regularise import Penalised, held
+from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
@@ -129,7 +129,7 @@ class Algorithm(Stateless):
         rows, means = policy_loss, {"policy_loss": policy_loss, "positive_loss": positive, "negative_loss": negative}
         means["old_deviate"] = mean_square(v - v_old)
         if v_ref is not None:
-            means["kl"] = held(mean_square(v - v_ref), at.held)
+            means["kl"] = penalty(v, v_ref, at, "uniform")
             rows = rows + config.kl_weight * means["kl"]
         return Loss(rows, {name: value.detach() for name, value in means.items()})
 

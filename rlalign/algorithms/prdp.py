@@ -61,7 +61,7 @@ def mean_over_pairs(errors: Tensor, group: Tensor) -> Tensor:
 
 
 class Algorithm(Stateless):
-    needs = Needs(trajectory=True, whole_groups=True)  # a row of average reward takes part in pairs like any other
+    needs = Needs(trajectory=True, whole_groups=True, densities=True)  # a row of average reward is in pairs, too
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -71,8 +71,6 @@ class Algorithm(Stateless):
         return center(scores.total.double(), scores.valid).float()
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        if policy.settings.cps_logprob == "unscaled":
-            raise ValueError("algorithm prdp compares densities: set rollout.cps_logprob: gaussian")
         group = group_index(sample)
         scale = sample.final[0].numel() if policy.settings.logprob_reduction == "mean" else 1
 

@@ -277,7 +277,9 @@ def test_groups_that_teach_nothing_are_dropped_as_groups():
         assert told.shape == (2, 4)
 
 
-@pytest.mark.parametrize(("name", "plain"), [("grpo", {"advantage": "center"}), ("dpok", {}), ("rvm", {"advantage": "loo"})])
+@pytest.mark.parametrize(
+    ("name", "plain"), [("grpo", {"advantage": "center"}), ("dpok", {}), ("rvm", {"advantage": "loo"})]
+)
 def test_a_dropped_group_is_no_part_of_the_gradient_and_counts_nothing_in_kl(name: str, plain: dict[str, str]):
     """As if it had not been there, but for the number of rows that everything is divided by."""
     module = plugins.load("algorithm", name)
