@@ -46,6 +46,11 @@ def _problems(config: "RunConfig") -> Iterator[str]:
             f"rollout.cps_logprob is unscaled, which is no density, and this setting of algorithm "
             f"{config.algorithm.name} compares densities; set it to gaussian"
         )
+    if needs.exact_states and rollout.latent_store != "fp32":
+        yield (
+            f"rollout.latent_store is {rollout.latent_store}, but algorithm {config.algorithm.name} recovers means from "
+            "the states that a step leaves, which are not to be rounded; set it to fp32"
+        )
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)

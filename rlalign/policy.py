@@ -111,6 +111,8 @@ class RolloutConfig(Settings):
     """shared: the samples of a group start from the same noise (DanceGRPO, MixGRPO)."""
     time_to_net: Literal["float", "int"] = "float"
     """int truncates the time that the net is told (DanceGRPO)."""
+    latent_store: Literal["fp32", "model_round_first"] = "fp32"
+    """model_round_first: the states of trained chains are rounded to the net's precision before they are scored."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     """mean over latent elements, as every public framework, or the true density."""
     cps_logprob: Literal["gaussian", "unscaled"] = "gaussian"
@@ -292,6 +294,11 @@ class Policy:
             raise ValueError("rollout.shift is for flow-matching models, and this one is not: leave it out")
         return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
 
+    @property
+    def stored_in(self) -> torch.dtype | None:
+        """The precision that states of trained chains are rounded to; None: their own."""
+        return self.dtype if self.settings.latent_store == "model_round_first" else None
+
     def kernel(self, x: Tensor, prediction: Prediction, now: Level, nxt: Level) -> Gaussian:
         return KERNELS[self.settings.kernel](x, prediction, now, nxt, self.settings.noise_level)
 
@@ -325,8 +332,9 @@ class Policy:
         scored = (self.kernel, solver, noise, self.log_prob)
         by_rows = retain and settings.retain == "gradients"
         layers = linear_layers(self.family.nets.values(), self.parameters.values()) if by_rows else []
+        precision = self.stored_in if kept.numel() else None
         with watched(layers) as passes:
-            chain = rollout(predict, x, schedule, stochastic, kept, *scored, retain=retain, gaussians=gaussians)
+            chain = rollout(predict, x, schedule, stochastic, kept, *scored, precision, retain, gaussians)
         doubled = uncond is not None and settings.guidance_scale != 1 and self.settings.uncond_grad
         graphs = (stored(graph, passes, len(x), doubled) for graph in chain.graphs) if by_rows else chain.graphs
         return replace(chain, graphs=tuple(graphs))

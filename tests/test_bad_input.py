@@ -105,6 +105,11 @@ SETTINGS = [
             "prdp": (),
         }.items()
     ),
+    Case(
+        "rounded states whose mean is recovered",
+        ("train", "run.yaml", "algorithm=grpo_guard", "rollout.latent_store=model_round_first"),
+        ("rollout.latent_store", "recovers means", "set it to fp32"),
+    ),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),
     train("text for a number", "rollout.num_steps=ten", "rollout.num_steps is 'ten'", "a whole number"),
     train("fraction for a count", "rollout.num_steps=2.5", "rollout.num_steps is 2.5", "a whole number"),

@@ -37,6 +37,8 @@ class Config(RatioSettings):
     """w(t) of the velocity's error; the table is in ``rlalign/algorithms/forward.py``."""
     clip_range: float = Field(default=1.0, gt=0)
     """ε of the ratio; the published 1 is never reached."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Advantages are clamped to +-adv_clip."""
     adv_max: float | None = Field(default=1.0, gt=0)
     """Clamped advantages are scaled so that adv_clip becomes this; null leaves them as they are."""
     kl_weight: float = Field(default=0.003, ge=0)

@@ -38,6 +38,7 @@ class Needs:
     candidates: bool = False  # compares draws from one state: ``rollout.candidates`` says how many
     uncond: bool = False  # the negative prompts of samples that were made without guidance, too
     fresh: bool = False  # right for samples of the very weights that are updated, and for no others
+    exact_states: bool = False  # finds the old mean of a step again by its noise: no rounding ``rollout.latent_store``
     densities: bool = False  # its log-probs have to be those of the step: no ``rollout.cps_logprob: unscaled``
 
 

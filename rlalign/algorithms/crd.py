@@ -52,6 +52,8 @@ class Config(ForwardSettings):
 
     name: Literal["crd"] = "crd"
     """This algorithm."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """M: advantages are clamped to +-adv_clip, and R is 0 and 1 there."""
     beta: float = Field(default=1.0, gt=0)
     """β: the smaller, the further the policy has to go for the same reward."""
     form: Form = "square"

@@ -23,11 +23,18 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import loo
 from rlalign.algorithms.base import Loss, Needs, SampleWith
-from rlalign.algorithms.losses import clipped_policy_loss, fixed_step, kept_step, ratio, ratio_means
+from rlalign.algorithms.losses import (
+    KlCredit,
+    clipped_policy_loss,
+    kept_step,
+    kl_to_go,
+    ratio,
+    ratio_means,
+    reference_steps,
+)
 from rlalign.algorithms.regularise import Penalised, held
 from rlalign.mdp.noise import Noise
-from rlalign.mdp.transition import Gaussian
-from rlalign.policy import Policy
+from rlalign.policy import Policy, Step
 from rlalign.types import Scores, State, Trajectory
 
 
@@ -42,7 +49,7 @@ class Config(Penalised):
     """Share of the way that V(c) goes towards the mean reward of a new group."""
     kl_weight: float = Field(default=1e-3, ge=0)
     """β, in units of the reward a nat."""
-    kl_credit: Literal["direct", "to_go"] = "direct"
+    kl_credit: KlCredit = "direct"
     """to_go: the KL of later kept steps counts in the advantage, at the cost of one more pass a step."""
     clip_range: float = Field(default=1e-4, gt=0, le=1)
     """ε of the ratio; it acts from the second update on."""
@@ -85,22 +92,10 @@ class Algorithm:
         return self.values.advantages(scores.prompts, rewards, valid).float()
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        references: list[Gaussian | None] = [None] * sample.num_kept
-        if self.config.kl_weight > 0:  # first: they borrow the parameters that the graph holds
-            references = [fixed_step(policy, "reference", sample, slot).gaussian for slot in range(sample.num_kept)]
-        to_go = self._kl_to_go(policy, sample, references)
+        references = reference_steps(policy, sample, self.config.kl_weight)
+        to_go = kl_to_go(policy, sample, references, self.config.kl_credit)
         for slot, reference in enumerate(references):
             yield self._loss(policy, sample, slot, advantages, to_go, reference)
-
-    def _kl_to_go(self, policy: Policy, sample: Trajectory, references: list[Gaussian | None]) -> Tensor | None:
-        """[b, K]: KL of the kept steps after each."""
-        if self.config.kl_credit == "direct":
-            return None
-        steps = [(fixed_step(policy, "policy", sample, slot), ref) for slot, ref in enumerate(references) if ref]
-        if not steps:
-            return None
-        kls = torch.stack([held(step.gaussian.kl(reference, "sum"), sample.held) for step, reference in steps], 1)
-        return kls.flip(1).cumsum(1).flip(1) - kls
 
     def _loss(
         self,
@@ -109,7 +104,7 @@ class Algorithm:
         slot: int,
         advantages: Tensor,
         to_go: Tensor | None,
-        reference: Gaussian | None,
+        reference: Step | None,
     ) -> Loss:
         epsilon, beta = self.config.clip_range, self.config.kl_weight
         gaussian = policy.replay(sample, slot).gaussian
@@ -120,7 +115,7 @@ class Algorithm:
         if to_go is not None:
             means["kl_to_go"] = to_go[:, slot]
         reduction = policy.settings.logprob_reduction
-        kl = None if reference is None else held(gaussian.kl(reference, reduction), sample.held)
+        kl = None if reference is None else held(gaussian.kl(reference.gaussian, reduction), sample.held)
         return kept_step(sample, policy_loss, rho, means, kl, beta)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:

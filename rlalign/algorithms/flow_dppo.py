@@ -49,7 +49,7 @@ class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         compares = config.kl_weight > 0 and config.kl_form == "gaussian"
-        self.needs = Needs(trajectory=True, silent_zero=True, densities=compares)
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=compares, exact_states=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)
@@ -99,10 +99,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "noise_level": 0.7,
             "window": None,
         },
-        "algorithm": {"name": "flow_dppo", "advantage": "gdpo", "threshold": 1e-5, "updates_per_step": 2},
+        "algorithm": {"name": "flow_dppo", "advantage": "gdpo", "adv_clip": None, "updates_per_step": 2},
         "optimizer": {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "max_grad_norm": 1.0},
         "ema": {"decay": 0.9, "every": 8},
         "model": {"lora": {"rank": 32, "alpha": 64}},
     },
 }
-"""The paper's threshold and advantages on its host recipe, Flow-GRPO on SD3.5. Its code leaves advantages unclamped."""
+"""The paper's threshold and advantages on its host recipe, Flow-GRPO on SD3.5. The code does not clamp
+advantages."""

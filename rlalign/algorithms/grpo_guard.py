@@ -60,7 +60,7 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=True, densities=True)
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=True, exact_states=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

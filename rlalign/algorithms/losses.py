@@ -12,6 +12,7 @@ from rlalign.policy import Policy, Step, Variant
 from rlalign.types import Trajectory
 
 KlForm = Literal["gaussian", "no_tau", "mean_sq", "velocity"]
+KlCredit = Literal["direct", "to_go"]
 StepWeight = Literal["none", "tempflow", "flash"]
 
 
@@ -87,6 +88,23 @@ def fixed_step(policy: Policy, name: Variant, sample: Trajectory, slot: int) -> 
     """
     with policy.using(policy.anchor if name == "reference" else name):
         return policy.replay(sample, slot)
+
+
+def reference_steps(policy: Policy, sample: Trajectory, kl_weight: float) -> list[Step | None]:
+    """Of each kept step the reference's, None where nothing is held to it."""
+    slots = range(sample.num_kept)
+    return [fixed_step(policy, "reference", sample, slot) if kl_weight > 0 else None for slot in slots]
+
+
+def kl_to_go(policy: Policy, sample: Trajectory, references: list[Step | None], credit: KlCredit) -> Tensor | None:
+    """[b, K] Σ_{j > k} KL_j, the whole divergences of the kept steps after each; None where they are not its credit."""
+    if credit == "direct":
+        return None
+    steps = [(fixed_step(policy, "policy", sample, slot), ref) for slot, ref in enumerate(references) if ref]
+    if not steps:
+        return None
+    kls = torch.stack([held(step.gaussian.kl(ref.gaussian, "sum"), sample.held) for step, ref in steps], 1)
+    return kls.flip(1).cumsum(1).flip(1) - kls
 
 
 def kept_step(

@@ -43,6 +43,8 @@ class Config(AdvantageSettings, Penalised):
 
     name: Literal["nft"] = "nft"
     """This algorithm."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """M: advantages are clamped to +-adv_clip, and ρ is 0 and 1 there."""
     beta: float = Field(default=1.0, gt=0)
     """β, the guidance strength between the two implicit policies; the smaller, the longer the step."""
     kl_weight: float = Field(default=1e-4, ge=0)

@@ -1,9 +1,12 @@
 """DPOK: the two credits of the penalty against exact gradients, and the two baselines by hand."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
+from rlalign.algorithms import dpok, grpo
 from rlalign.algorithms.advantages import loo
 from rlalign.algorithms.dpok import Algorithm, Config, Values
 from rlalign.mdp.noise import Noise
@@ -63,8 +66,9 @@ def batches(policy: Policy) -> list[Trajectory]:
     return [sample(policy, ROWS, 1000 + batch) for batch in range(BATCHES)]
 
 
-def gradients(policy: Policy, credit: str, batches: list[Trajectory]) -> Tensor:
-    algorithm = Algorithm(Config.model_validate({"kl_credit": credit, "kl_weight": BETA, "clip_range": 1.0}))
+def gradients(policy: Policy, credit: str, batches: list[Trajectory], module: ModuleType = dpok) -> Tensor:
+    config = {"kl_credit": credit, "kl_weight": BETA, "clip_range": 1.0}
+    algorithm = module.Algorithm(module.Config.model_validate(config))
 
     def loss(trajectory: Trajectory) -> Tensor:
         rewards = reward(trajectory.final).reshape(-1, GROUP)
@@ -77,6 +81,12 @@ def gradients(policy: Policy, credit: str, batches: list[Trajectory]) -> Tensor:
 
 def test_to_go_is_the_gradient_of_reward_less_path_divergence(policy: Policy, truth: Tensor, batches: list[Trajectory]):
     assert off_by(gradients(policy, "to_go", batches), truth) < 3
+
+
+def test_grpo_gives_the_same_credit(policy: Policy, batches: list[Trajectory]):
+    for credit in ("to_go", "direct"):
+        both = [gradients(policy, credit, batches[:2], module) for module in (dpok, grpo)]
+        assert torch.equal(*both)
 
 
 def test_direct_is_not(policy: Policy, truth: Tensor, batches: list[Trajectory]):
