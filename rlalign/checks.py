@@ -48,8 +48,8 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.exact_states and rollout.latent_store != "fp32":
         yield (
-            f"rollout.latent_store is {rollout.latent_store}, but algorithm {config.algorithm.name} recovers means from "
-            "the states that a step leaves, which are not to be rounded; set it to fp32"
+            f"rollout.latent_store is {rollout.latent_store}, but algorithm {config.algorithm.name} recovers means "
+            "from the states that a step leaves, which are not to be rounded; set it to fp32"
         )
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:

@@ -15,7 +15,14 @@ from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.rollout import Chain, rollout, step_noise
 from rlalign.mdp.row_gradients import linear_layers, stored, watched
-from rlalign.mdp.schedule import exponential_hold, flow_schedule, linear_hold, moving_window, plain_sigmas
+from rlalign.mdp.schedule import (
+    compressed_tail_sigmas,
+    exponential_hold,
+    flow_schedule,
+    linear_hold,
+    moving_window,
+    plain_sigmas,
+)
 from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import Family
@@ -46,6 +53,9 @@ class Window(Settings):
     """Denoising steps that a moving window goes on by."""
     at_end: Literal["stay", "restart"] = "stay"
     """What a moving window does at the end of the range."""
+    compress: float | None = Field(default=None, gt=0, le=1)
+    """Share of the steps after a moving window that trained chains keep, on the grid of ``rollout.shift``: 0.4 in
+    MixGRPO-Flash; null: all."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Window":
@@ -137,6 +147,8 @@ class RolloutConfig(Settings):
             )
         if self.window:
             self.window.places(self.num_steps)
+        if self.window and self.window.compress:
+            self._tail_fits(self.window, self.window.compress)
         if self.cps_logprob == "unscaled" and self.kernel != "cps":
             raise ValueError("cps_logprob: unscaled belongs to kernel: cps")
         if self.samples_per_prompt % self.chain_rows:
@@ -146,6 +158,27 @@ class RolloutConfig(Settings):
                 "that, or train other steps by window.size"
             )
         return self
+
+    def _tail_fits(self, window: Window, share: float) -> None:
+        if window.schedule == "random" or self.shift is None:
+            raise ValueError(
+                "window.compress is for chains that are alike in all groups, on the plain grid: set window.schedule to "
+                "progressive, decay or exp_decay, and shift, 3 for instance"
+            )
+        end = max((end for end in range(self.num_steps) if int((self.num_steps - end + 1) * share) >= 2), default=0)
+        if window.bounds(self.num_steps)[1] > end:
+            raise ValueError(
+                f"window.compress {share:g} leaves no step after the last places of the window: raise it, or set "
+                f"window.range to end at {end} at most"
+            )
+
+    def grid(self, step: int | None = None) -> Tensor:
+        """[N+1] the plain grid of ``shift``; with ``step`` that of chains which are trained in that training step."""
+        window, shift = self.window, self.shift or 1.0
+        if step is None or window is None or window.compress is None:
+            return plain_sigmas(self.num_steps, shift)
+        last = window.moved(step, self.num_steps) + window.size - 1
+        return compressed_tail_sigmas(self.num_steps, shift, last, window.compress)
 
     @property
     def num_kept(self) -> int:
@@ -285,14 +318,17 @@ class Policy:
 
     # --- rollout and replay: the same functions on the same numbers
 
-    def schedule(self, settings: RolloutConfig) -> Schedule:
-        """The chain's points; ValueError where a shift is asked of a model that is on another path."""
+    def schedule(self, settings: RolloutConfig, step: int | None = None) -> Schedule:
+        """The chain's points, with ``step`` those of chains that are trained in that training step.
+
+        ValueError where a shift is asked of a model that is on another path.
+        """
         own = self.family.schedule(settings.num_steps, self.size)
         if settings.shift is None:
             return own
         if not own.is_flow:
             raise ValueError("rollout.shift is for flow-matching models, and this one is not: leave it out")
-        return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
+        return flow_schedule(settings.grid(step))
 
     @property
     def stored_in(self) -> torch.dtype | None:
@@ -393,7 +429,7 @@ def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, gro
     rollout, nothing kept.
     """
     num_steps = settings.num_steps
-    stochastic = torch.zeros(num_steps, dtype=torch.bool)
+    stochastic = torch.zeros(len(settings.grid(step if keep else None)) - 1, dtype=torch.bool)
     if not keep:
         return stochastic, torch.zeros(0, dtype=torch.int64)
     address = (step, group, 0)

@@ -201,6 +201,60 @@ def test_a_window_never_leaves_its_range_and_keeps_its_size():
         small.rollout_config(num_steps=5, window={"size": 3, "range": "first_half"})
 
 
+FLASH: dict[str, Any] = {
+    **{"num_steps": 25, "shift": 3.0, "solver": "dpmpp_2m", "init_noise": "shared"},
+    "window": {"size": 4, "range": (0, 21), "schedule": "progressive", "hold": 2, "compress": 0.4},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "tail"),
+    [
+        (1, 3, [0.84, 0.72, 0.6, 0.48, 0.36, 0.24, 0.12, 0.0]),  # int(22 * 0.4) even points from 1 - 4/25 on
+        (4, 5, [0.76 * left / 7 for left in range(7, -1, -1)]),  # int(20 * 0.4)
+        (100, 20, [0.16, 0.0]),
+    ],
+)
+def test_the_steps_behind_a_moving_window_are_compressed(step: int, last: int, tail: list[float]):
+    """MixGRPO-Flash: the plain grid up to the window's last step, then few points; what is kept is replayed to the bit
+    and trained, and the chain that is evaluated has all its steps."""
+    sampler, learner = small.workers(Algorithm(Config()), small.rollout_config(**FLASH))
+    trajectories = small.sample(sampler, step)
+    sample = Trajectory.concat(trajectories)
+    u = torch.tensor([*(1 - k / 25 for k in range(last + 1)), *tail], dtype=torch.float64)
+    torch.testing.assert_close(sample.schedule.sigma.double(), 3 * u / (1 + 2 * u), rtol=0, atol=1e-6)
+    assert (sample.steps == torch.arange(last - 3, last + 1)).all()
+    metrics = learner.update(trajectories, torch.ones(len(small.PROMPTS), small.SAMPLES), step)
+    assert metrics["ratio/max_abs_dev"] == 0.0
+    assert len(sampler.policy.schedule(sampler.policy.settings).sigma) == 26
+
+
+def test_a_compressed_chain_costs_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch):
+    passes: dict[float | None, int] = {}
+    for share in (0.4, None):
+        window = {**FLASH["window"], "compress": share}
+        sampler, _ = small.workers(Algorithm(Config()), small.rollout_config(**{**FLASH, "window": window}))
+        seen: list[int] = []
+        predict = sampler.policy.family.predict
+        monkeypatch.setattr(sampler.policy.family, "predict", lambda *args, p=predict, s=seen: s.append(1) or p(*args))
+        small.sample(sampler)
+        passes[share] = len(seen)
+    assert passes[0.4] / passes[None] == 11 / 25  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("window", "shift", "words"),
+    [
+        ({"schedule": "random"}, 3.0, "alike in all groups"),
+        ({}, None, "shift, 3 for instance"),
+        ({"range": "all"}, 3.0, "end at 21 at most"),
+    ],
+)
+def test_a_tail_that_cannot_be_compressed_is_refused(window: dict[str, Any], shift: float | None, words: str):
+    with pytest.raises(ValidationError, match=words):
+        small.rollout_config(**{**FLASH, "window": {**FLASH["window"], **window}, "shift": shift})
+
+
 def test_published_recipes_train_all_steps_unless_they_have_a_window():
     for name in ("flow_grpo_sd35", "flow_grpo_flux", "dance_flux", "dance_grpo"):
         assert merged(OVERLAY, PRESETS[name])["rollout"]["window"] is None
