@@ -43,7 +43,7 @@ class Window(Settings):
     """How many steps."""
     range: tuple[int, int] | Literal["all", "first_half"] = "all"
     """First step that may belong to the window, and the step that may not any more; all: the last step alone may not,
-    first_half: the first num_steps/2 may."""
+    first_half: the first num_steps/2 may, both as far as ``compress`` leaves a step after it."""
     schedule: Literal["random", "progressive", "decay", "exp_decay"] = "random"
     """random: drawn per group; the others move from the noise on, for all groups alike, and stay equally long
     (progressive) or ever shorter towards the sample (MixGRPO)."""
@@ -67,7 +67,12 @@ class Window(Settings):
         """``range`` in numbers, of a chain of so many steps."""
         if isinstance(self.range, tuple):
             return self.range
-        return 0, num_steps - 1 if self.range == "all" else num_steps // 2
+        return 0, min(num_steps - 1 if self.range == "all" else num_steps // 2, self.end(num_steps))
+
+    def end(self, num_steps: int) -> int:
+        """The first step that must not belong to a window: after it a step has to be left, compressed or not."""
+        share = self.compress or 1.0
+        return max((end for end in range(1, num_steps) if int((num_steps - end + 1) * share) >= 2), default=0)
 
     def places(self, num_steps: int) -> int:
         """At how many steps the window may start."""
@@ -165,8 +170,7 @@ class RolloutConfig(Settings):
                 "window.compress is for chains that are alike in all groups, on the plain grid: set window.schedule to "
                 "progressive, decay or exp_decay, and shift, 3 for instance"
             )
-        end = max((end for end in range(self.num_steps) if int((self.num_steps - end + 1) * share) >= 2), default=0)
-        if window.bounds(self.num_steps)[1] > end:
+        if window.bounds(self.num_steps)[1] > (end := window.end(self.num_steps)):
             raise ValueError(
                 f"window.compress {share:g} leaves no step after the last places of the window: raise it, or set "
                 f"window.range to end at {end} at most"

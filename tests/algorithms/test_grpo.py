@@ -203,7 +203,7 @@ def test_a_window_never_leaves_its_range_and_keeps_its_size():
 
 FLASH: dict[str, Any] = {
     **{"num_steps": 25, "shift": 3.0, "solver": "dpmpp_2m", "init_noise": "shared"},
-    "window": {"size": 4, "range": (0, 21), "schedule": "progressive", "hold": 2, "compress": 0.4},
+    "window": {"size": 4, "schedule": "progressive", "hold": 2, "compress": 0.4},
 }
 
 
@@ -247,7 +247,7 @@ def test_a_compressed_chain_costs_what_is_left_of_it(monkeypatch: pytest.MonkeyP
     [
         ({"schedule": "random"}, 3.0, "alike in all groups"),
         ({}, None, "shift, 3 for instance"),
-        ({"range": "all"}, 3.0, "end at 21 at most"),
+        ({"range": (0, 22)}, 3.0, "end at 21 at most"),
     ],
 )
 def test_a_tail_that_cannot_be_compressed_is_refused(window: dict[str, Any], shift: float | None, words: str):
