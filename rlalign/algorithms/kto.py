@@ -31,12 +31,13 @@ from rlalign.algorithms.forward import (
     likelihood,
     velocities,
 )
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
 
 
-class Config(TimeSettings):
+class Config(TimeSettings, Anchored):
     """The algorithm block with ``name: kto``."""
 
     name: Literal["kto"] = "kto"

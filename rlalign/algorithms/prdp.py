@@ -23,13 +23,13 @@ from rlalign.algorithms.advantages import center
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.pairs import whole_trajectory
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, Trajectory
 
 
-class Config(Settings):
+class Config(Anchored):
     """The algorithm block with ``name: prdp``."""
 
     name: Literal["prdp"] = "prdp"

@@ -19,7 +19,7 @@ resets · ``advantage/gated`` = m / n, with a gate · ``advantage/lambda/<reward
 """
 
 from dataclasses import replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
@@ -34,8 +34,8 @@ from rlalign.types import Scores
 FURTHEST = 0.2  # error of the KL beyond which a target pulls no harder
 
 
-class Penalty(Settings):
-    """The key ``penalty`` of an algorithm: more about a penalty than its weight."""
+class Anchor(Settings):
+    """The key ``reference`` of preference objectives: where the weights are that they compare the policy with."""
 
     anchor: Literal["reference", "average"] = "reference"
     """What the policy is held to: reference is what the run began with, average the policy's running average."""
@@ -43,6 +43,33 @@ class Penalty(Settings):
     """What is kept of that average in a step."""
     reset_every: int | None = Field(default=None, ge=1)
     """Steps after which the present policy becomes the reference; null: never."""
+
+    @property
+    def resets(self) -> bool:
+        return self.reset_every is not None
+
+    @property
+    def moves(self) -> bool:
+        """The anchor does not stay where the run began."""
+        return self.anchor == "average" or self.resets
+
+    @model_validator(mode="after")
+    def _one_anchor(self) -> Self:
+        if self.anchor == "average" and self.resets:
+            raise ValueError("a reset is for anchor: reference; an average follows by itself")
+        return self
+
+
+class Anchored(Settings):
+    """The key of preference objectives, whose reference need not stay where the run began."""
+
+    reference: Anchor = Anchor()
+    """What is compared with: what the run began with, that of some steps ago, or a running average."""
+
+
+class Penalty(Anchor):
+    """The key ``penalty`` of an algorithm: more about a penalty than its weight."""
+
     reset_above: float | None = Field(default=None, gt=0)
     """It does so, too, after a step whose metric `kl` is larger; null: never."""
     target: float | None = Field(default=None, gt=0)
@@ -57,17 +84,6 @@ class Penalty(Settings):
     @property
     def resets(self) -> bool:
         return self.reset_every is not None or self.reset_above is not None
-
-    @property
-    def moves(self) -> bool:
-        """The anchor does not stay where the run began."""
-        return self.anchor == "average" or self.resets
-
-    @model_validator(mode="after")
-    def _one_anchor(self) -> "Penalty":
-        if self.anchor == "average" and self.resets:
-            raise ValueError("reset_every and reset_above are for anchor: reference; an average follows by itself")
-        return self
 
 
 class Penalised(Settings):
@@ -93,8 +109,11 @@ def weight_of(algorithm: Algorithm) -> float:
 
 
 def penalty_of(algorithm: Algorithm) -> Penalty:
-    """Its settings; the defaults where it has no such keys."""
-    return algorithm.config.penalty if isinstance(algorithm.config, Penalised) else Penalty()
+    """Its settings; of a preference objective its anchor alone, and the defaults where there are no such keys."""
+    config = algorithm.config
+    if isinstance(config, Anchored):
+        return Penalty.model_validate(config.reference.model_dump())
+    return config.penalty if isinstance(config, Penalised) else Penalty()
 
 
 # --- on the learner: where the anchor is, and how strongly it holds

@@ -27,13 +27,13 @@ from rlalign.algorithms.advantages import center
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import log_ratio, pair_loss, within
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, Trajectory
 
 
-class Config(Settings):
+class Config(Anchored):
     """The algorithm block with ``name: spo``."""
 
     name: Literal["spo"] = "spo"

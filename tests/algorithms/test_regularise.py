@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlalign import plugins
-from rlalign.algorithms import grpo, nft, rvm
+from rlalign.algorithms import dpo, grpo, nft, rvm
 from rlalign.algorithms.base import Algorithm
-from rlalign.algorithms.regularise import Penalised, Penalty, adapted, doubt, gated, weighed
+from rlalign.algorithms.forward import group_index
+from rlalign.algorithms.prdp import mean_over_pairs, pair_errors
+from rlalign.algorithms.regularise import Anchor, Penalised, Penalty, adapted, doubt, gated, weighed
 from rlalign.mdp.noise import Noise
 from rlalign.pipeline import Batch, deal
 from rlalign.types import Prompt, RewardScores, Scores, State, Trajectory, Unit
@@ -128,6 +130,49 @@ def test_the_anchor_holds_a_denoising_step_too():
     step(sampler, learner, 0)
     for loss in chosen.losses(learner.policy, batch(sampler), torch.ones(24), Noise(0)):
         assert (loss.means["kl"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("dpo", "margin"), ("kto", "liked_gain"), ("d3po", "margin"), ("spo", "margin"), ("prdp", "policy_loss")],
+)
+def test_what_preferences_compare_with_moves_too(name: str, metric: str):
+    """After a reset the policy has gained nothing on the reference, as at the start of the run; else it has."""
+    module, seen = plugins.load("algorithm", name), dict[int | None, Tensor]()
+    for every in (None, 1):
+        chosen = module.Algorithm(module.Config(reference={"reset_every": every}))
+        sampler, learner = small.workers(chosen)
+        metrics = step(sampler, learner, 0)
+        assert metrics.get("anchor_age") == (None if every is None else 0)
+        trajectories = small.sample(sampler, 1)
+        advantages = chosen.advantages(small.scored(trajectories)).flatten()
+        whole = Trajectory.concat(trajectories)
+        rows = whole.take(torch.arange(whole.num_rows))
+        (first, *_) = chosen.losses(learner.policy, rows, advantages, Noise(0))
+        expected = torch.zeros_like(first.means[metric])
+        if name == "prdp":  # all of the rewards' differences is left to be explained
+            expected = mean_over_pairs(pair_errors(expected, advantages / chosen.config.beta), group_index(rows))
+        seen[every] = first.means[metric] - expected
+    assert (seen[1] == 0).all()
+    assert (seen[None] != 0).any()
+
+
+def test_a_preference_resumes_with_the_reference_that_it_had():
+    def finals(broken: bool) -> dict[str, Tensor]:
+        def start() -> tuple[Sampler, Learner]:
+            return small.workers(dpo.Algorithm(dpo.Config(reference=Anchor(reset_every=2))))
+
+        sampler, learner = start()
+        for number in range(5):
+            if broken and number == 3:
+                state = learner.state_dict()
+                sampler, learner = start()
+                learner.load_state_dict(state)
+            step(sampler, learner, number)
+        return {**learner.policy.copies["anchor"], **{f"own {k}": p.data for k, p in learner.policy.parameters.items()}}
+
+    whole, broken = finals(False), finals(True)
+    assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
 
 
 def errors_at_rest(mean: float, anchor: float | None) -> float:
