@@ -36,6 +36,11 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    if needs.recorded and rollout.source != "data":
+        yield (
+            f"this setting of algorithm {config.algorithm.name} trains on given images, which a run has with "
+            "rollout.source: data alone; set it, and name them in prompts.train"
+        )
     if needs.fresh and config.runtime.max_staleness:
         yield (
             f"runtime.max_staleness is {config.runtime.max_staleness}, but this setting of algorithm "

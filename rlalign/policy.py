@@ -236,6 +236,12 @@ class Policy:
         """copy <- decay * copy + (1 - decay) * policy."""
         blend_(self.copies[name], self.parameters, decay)
 
+    @torch.no_grad()
+    def copy(self, name: str, source: str) -> None:
+        """The weights under ``name`` become those under ``source``."""
+        for key, tensor in self.weights(source).items():
+            self.copies[name][key].copy_(tensor)
+
     @contextmanager
     def using(self, name: Variant) -> Iterator[None]:
         """The net computes with these weights inside the block; nothing inside may train."""

@@ -106,6 +106,11 @@ SETTINGS = [
         }.items()
     ),
     Case(
+        "pre-training without data",
+        ("train", "run.yaml", "algorithm={name: refl, pretraining: 1.0}"),
+        ("trains on given images", "rollout.source: data"),
+    ),
+    Case(
         "rounded states whose mean is recovered",
         ("train", "run.yaml", "algorithm=grpo_guard", "rollout.latent_store=model_round_first"),
         ("rollout.latent_store", "recovers means", "set it to fp32"),

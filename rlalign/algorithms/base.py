@@ -37,6 +37,7 @@ class Needs:
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
     candidates: bool = False  # compares draws from one state: ``rollout.candidates`` says how many
     uncond: bool = False  # the negative prompts of samples that were made without guidance, too
+    recorded: bool = False  # trains on given images, besides what it samples itself: ``rollout.source: data``
     fresh: bool = False  # right for samples of the very weights that are updated, and for no others
     exact_states: bool = False  # finds the old mean of a step again by its noise: no rounding ``rollout.latent_store``
     densities: bool = False  # its log-probs have to be those of the step: no ``rollout.cps_logprob: unscaled``

@@ -75,11 +75,8 @@ def denoise(
     solver, schedule = SOLVERS[policy.settings.solver], sample.schedule
     for k in range(schedule.num_steps):
         seen = x.detach() if around or k not in trained else x
-        if k in trained and checkpointing:
-            prediction: Prediction = checkpoint(predict, policy, sample, seen, k, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-        else:
-            with torch.set_grad_enabled(k in trained):
-                prediction = predict(policy, sample, seen, k)
+        with torch.set_grad_enabled(k in trained):
+            prediction = predict(policy, sample, seen, k, checkpointing and k in trained)
         if seen is not x:  # a prediction is linear in x and the net's output: this part is 0, but has x's gradient
             path = from_network(policy.family.prediction, torch.zeros_like(x), x - seen, schedule.level(k, x))
             prediction = Prediction(prediction.x0 + path.x0, prediction.eps + path.eps)
@@ -97,8 +94,15 @@ def start(policy: Policy, sample: Trajectory, noise: Noise) -> Tensor:
     return noise.normal("rollout/initial", address, 0, policy.latent_shape).to(sample.final)
 
 
-def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction:
-    """At step k of the chain."""
+def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int, checkpointing: bool) -> Prediction:
+    """At step k of the chain; with checkpointing its graph is made again in the backward pass."""
+    if checkpointing:
+        again: Any = checkpoint(_predict, policy, sample, x, k, use_reentrant=False)
+        return again
+    return _predict(policy, sample, x, k)
+
+
+def _predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction:
     time = sample.schedule.time[k].to(x.device).expand(len(x))
     level = sample.schedule.level(k, x)
     return policy.predict(x, time, level, sample.cond, sample.uncond, policy.settings.guidance_scale)
