@@ -91,8 +91,7 @@ class Algorithm(Stateless):
         self.config = config
         self.sample_with: SampleWith = config.rollouts
         lags = config.lagged in config.others or config.rollouts == "old"
-        copies: tuple[Copy, ...] = (config.lagged,) if lags else ()
-        copies += ("old",) if config.lagged == "teacher" else ()
+        copies: tuple[Copy, ...] = ("teacher", "old") if config.lagged == "teacher" else ("old",) if lags else ()
         self.needs = Needs(trajectory=False, copies=copies, whole_groups=True)
 
     def advantages(self, scores: Scores) -> Tensor:

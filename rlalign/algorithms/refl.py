@@ -2,10 +2,11 @@
 
     L = λ φ(r(x̂_0(x_m))) + w mean (v_θ - u)²        φ(r) = relu(2 - r)
 
-m is drawn for every batch from the last quarter of the steps. Steps before m run without a graph; the sampler's own later
-steps are not needed. φ stops once the reward is above ``enough``, with r in ImageReward's scale of about -2 to 2. The second term is the loss of pre-training, at one time of
-each of the images that prompts.train records (``rollout.source: data``), without guidance; of the noise for models that
-predict it. φ and λ are to be verified against the paper.
+m is drawn for every batch from the last quarter of the steps. Steps before m run without a graph; the sampler's own
+later steps are not needed. φ stops once the reward is above ``enough``, with r in ImageReward's scale of about -2 to 2.
+The second term is the loss of pre-training, at one time of each of the images that prompts.train records
+(``rollout.source: data``), without guidance; of the noise for models that predict it. φ and λ are to be verified
+against the paper.
 
 Metrics: ``policy_loss`` = λ φ(r) · ``reward_with_graph`` = r of the predicted picture · ``pretraining_error`` =
 mean (v_θ - u)², when it has a weight.
