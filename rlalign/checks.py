@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.algorithms.base import epochs_of
 from rlalign.prompts import PromptSet
 from rlalign.scoring import check_rewards
 
@@ -101,10 +102,12 @@ def _no_graph(config: "RunConfig") -> Iterator[str]:
     runtime = config.runtime
     if not config.algorithm_module.Algorithm(config.algorithm).needs.log_probs_only:
         yield "rollout.retain is for algorithms that need log-probs alone, grpo and ddpo without penalty; leave it out"
-    if runtime.kind != "local" or runtime.samplers > 1 or runtime.max_staleness or config.updates_per_step > 1:
+    updates = config.updates_per_step * epochs_of(config.algorithm)
+    if runtime.kind != "local" or runtime.samplers > 1 or runtime.max_staleness or updates > 1:
         yield (
             "rollout.retain needs sampler and learner in one process and one update a step: set runtime.kind: local, "
-            "runtime.samplers: 1, runtime.max_staleness: 0 and algorithm.updates_per_step: 1, or leave it out"
+            "runtime.samplers: 1, runtime.max_staleness: 0 and, of algorithm, updates_per_step and epochs_per_step: 1, "
+            "or leave it out"
         )
 
 

@@ -22,6 +22,7 @@ NOT_PLUGINS = {
     "conventions",
     "agreement",
     "advantages",
+    "baselines",
     "losses",
     "forward",
     "regularise",

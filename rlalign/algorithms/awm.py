@@ -63,7 +63,7 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        starts: tuple[Copy, ...] = ("start",) if config.updates_per_step > 1 else ()
+        starts: tuple[Copy, ...] = () if config.single else ("start",)
         teachers: tuple[Copy, ...] = ("teacher",) if config.teacher_weight > 0 else ()
         self.needs = Needs(trajectory=False, copies=starts + teachers, silent_zero=config.teacher_weight == 0)
 

@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.losses import KlForm, divergence, fixed_step, kept_step, ratio, trusted
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
@@ -28,7 +28,7 @@ from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: flow_dppo``."""
 
     name: Literal["flow_dppo"] = "flow_dppo"
@@ -40,7 +40,7 @@ class Config(AdvantageSettings, Penalised):
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence."""
     updates_per_step: int = Field(default=2, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
+    """Optimizer steps of a pass over the batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):

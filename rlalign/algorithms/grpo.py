@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, Multipliers, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.grpo_presets import PRESETS as PRESETS
 from rlalign.algorithms.losses import (
     KlCredit,
@@ -43,7 +43,7 @@ from rlalign.types import Scores, State, Trajectory
 Range = Annotated[float, Field(gt=0, le=1)]
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: grpo``."""
 
     name: Literal["grpo"] = "grpo"
@@ -64,8 +64,6 @@ class Config(AdvantageSettings, Penalised):
     """Rewards by name that are to reach a mean and no more; their weights are found in training."""
     constraint_rate: float = Field(default=0.1, gt=0)
     """What such a weight grows by a step where the mean is 1 short of its bound."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
     @property
     def clip(self) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageKind, AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.losses import (
     KlForm,
     clipped_policy_loss,
@@ -36,7 +36,7 @@ from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: grpo_guard``."""
 
     name: Literal["grpo_guard"] = "grpo_guard"
@@ -51,8 +51,6 @@ class Config(AdvantageSettings, Penalised):
     """β of the penalty towards the reference; above 0 it costs one more pass a step."""
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):

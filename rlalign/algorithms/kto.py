@@ -52,8 +52,6 @@ class Config(TimeSettings, Anchored):
     """λ of the others."""
     weighting: Weighting = "uniform"
     """w(t) of the errors."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 def thumbs(advantages: Tensor, valid: Tensor, median: bool) -> Tensor:

@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, penalty, velocity
 from rlalign.algorithms.losses import mean_square
 from rlalign.algorithms.regularise import Penalised
@@ -38,7 +38,7 @@ Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not o
 DECAYS = {0: Ramp(rate=0.0, max=0.0), 1: Ramp(rate=0.001, max=0.5), 2: Ramp(flat=75, rate=0.0075, max=0.999)}
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: nft``."""
 
     name: Literal["nft"] = "nft"
@@ -57,8 +57,6 @@ class Config(AdvantageSettings, Penalised):
     """Times a sample, drawn from the rollout's grid; null: all but one, int(0.99 N)."""
     old_decay: Literal[0, 1, 2] | Ramp = 1
     """d by optimizer step n; 0: always 0, 1: min(0.001 n, 0.5), 2: 0 up to n = 75, then min(0.0075 (n - 75), 0.999)."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
     def decay(self, updates: int) -> float:
         """d after so many optimizer steps."""

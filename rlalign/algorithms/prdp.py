@@ -20,7 +20,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import center
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.pairs import whole_trajectory
 from rlalign.algorithms.regularise import Anchored
@@ -29,7 +29,7 @@ from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
 
 
-class Config(Anchored):
+class Config(Anchored, UpdateSettings):
     """The algorithm block with ``name: prdp``."""
 
     name: Literal["prdp"] = "prdp"
@@ -38,8 +38,6 @@ class Config(Anchored):
     """β, what a nat of divergence costs in units of the reward."""
     clip_range: float = Field(default=1e-4, gt=0)
     """ε by which a step's log-prob, as the run reduces it, may leave the sampler's; it matters from the 2nd update."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 def proximal(rho: Tensor, to_sampler: Tensor, bound: float) -> Tensor:

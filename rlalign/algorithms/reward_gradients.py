@@ -14,12 +14,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.solvers import SOLVERS, History
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Prompt, Scores, Trajectory
 
 RewardSum = Callable[[Tensor, Sequence[Prompt]], Tensor]
@@ -28,15 +27,13 @@ RewardSum = Callable[[Tensor, Sequence[Prompt]], Tensor]
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "euler", "window": None}}
 
 
-class GradientSettings(Settings):
+class GradientSettings(UpdateSettings):
     """The keys that all of these algorithms have."""
 
     loss_scale: float = Field(default=1.0, gt=0)
     """Factor of the reward in the loss; it matters beside optimizer.max_grad_norm only."""
     checkpointing: bool = True
     """Make the graph of each step again in the backward pass instead of keeping it."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class RewardGradient(Stateless):

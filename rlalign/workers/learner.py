@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign import checkpoint
-from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.base import Algorithm, Fitting
 from rlalign.algorithms.regularise import Regulariser, weight_of
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
@@ -73,6 +74,7 @@ class Learner:
         ema: EmaConfig | None,
         updates_per_step: int = 1,
         group: Group | None = None,
+        epochs: int = 1,
     ) -> None:
         self.policy = policy
         self.group = group or Group()
@@ -82,7 +84,7 @@ class Learner:
         self.noise = noise
         self.config = optimizer
         self.ema = ema
-        self.updates_per_step = updates_per_step
+        self.updates_per_step, self.epochs = updates_per_step, epochs
         self.canary, self.memory, self.broadcast = Canary(policy, noise), Memory(), Broadcast()
         self.packed: list[Tensor] = []  # buckets of the last version, for the broadcast
         self.updates = 0
@@ -129,17 +131,28 @@ class Learner:
         metrics = Metrics()
         if mine.any():
             metrics.maxima["staleness"] = float(version - batch.version[mine].min())
-        for number in range(self.updates_per_step):
-            groups = (turns == number).nonzero().flatten()
-            rows = (groups[:, None] * samples + torch.arange(samples)).flatten()
-            if valid is not None:
-                rows = rows[valid.flatten()[rows]]
+        rows_of = [self._rows(turns == number, valid, samples) for number in range(self.updates_per_step)]
+        for epoch, (number, rows) in product(range(self.epochs), enumerate(rows_of)):
             total = len(rows) if totals is None else totals[number]
             if total:
-                self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=number == 0)
+                self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=epoch == number == 0)
+        self._fit(batch, torch.cat(rows_of), advantages.flatten())
         reduced = Metrics.joined(self.group.gather(metrics)).reduced()
         moved = self.algorithm.after_step(self.policy, self.updates)
         return reduced | moved | self.regulariser.after_step(reduced.get("kl"))
+
+    def _rows(self, groups: Tensor, valid: Tensor | None, samples: int) -> Tensor:
+        """[b] the valid rows of those groups [P] bool."""
+        rows = (groups.nonzero() * samples + torch.arange(samples)).flatten()
+        return rows if valid is None else rows[valid.flatten()[rows]]
+
+    def _fit(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> None:
+        """What the algorithm learns beside the policy, from all ranks' rows."""
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            counted = self.algorithm.counted(batch.take(rows).to(self.policy.device), advantages[rows])
+            self.group.sum([counted])
+            self.algorithm.fit(counted)
 
     @torch.no_grad()
     def drift(self, trajectories: Sequence[Trajectory]) -> float:
@@ -298,6 +311,9 @@ class Learner:
         self.regulariser.load(state.values.get("regulariser", {}))
         for name in ("policy", *(name for name in self.policy.copies if name != "reference")):
             self.policy.load(name, state.part(name).tensors)
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            self.algorithm.load_fitted(state.tensors["fitted/sums"])
         moments = state.part("optimizer").tensors
         for key, parameter in self.policy.parameters.items():
             mine = {name.rsplit("/", 1)[1]: t for name, t in moments.items() if name.rsplit("/", 1)[0] == key}
@@ -330,6 +346,9 @@ class Learner:
         for key, parameter in self.policy.parameters.items():
             for moment, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{moment}"] = value
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            tensors["fitted/sums"] = self.algorithm.fitted
         return tensors
 
 
