@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlalign import plugins
-from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.base import Algorithm, epochs_of
 from rlalign.config import RunConfig, resolve
 from rlalign.loop import LoopSettings, Parts
 from rlalign.mdp.noise import Noise
@@ -115,7 +115,7 @@ def make_learner(config: RunConfig, policy: Policy, algorithm: Algorithm, group:
         vars(algorithm)["reward"] = reward_sum(
             load_rewards([reward for reward in config.rewards if reward.role == "train"])
         )
-    return Learner(policy, algorithm, noise, config.optimizer, config.ema, updates, group)
+    return Learner(policy, algorithm, noise, config.optimizer, config.ema, updates, group, epochs_of(config.algorithm))
 
 
 def loop_settings(config: RunConfig) -> LoopSettings:

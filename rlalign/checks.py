@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.algorithms.base import epochs_of
 from rlalign.prompts import read
 from rlalign.prompts.matching import shared
 from rlalign.prompts.sources import others
@@ -38,6 +39,26 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         )
     if needs.trajectory:
         yield from _no_noise(config)
+    if needs.recorded and rollout.source != "data":
+        yield (
+            f"this setting of algorithm {config.algorithm.name} trains on given images, which a run has with "
+            "rollout.source: data alone; set it, and name them in prompts.train"
+        )
+    if needs.fresh and config.runtime.max_staleness:
+        yield (
+            f"runtime.max_staleness is {config.runtime.max_staleness}, but this setting of algorithm "
+            f"{config.algorithm.name} is right for fresh samples only; set it to 0, or for ddpo algorithm.mode: is"
+        )
+    if needs.densities and rollout.cps_logprob == "unscaled":
+        yield (
+            f"rollout.cps_logprob is unscaled, which is no density, and this setting of algorithm "
+            f"{config.algorithm.name} compares densities; set it to gaussian"
+        )
+    if needs.exact_states and rollout.latent_store != "fp32":
+        yield (
+            f"rollout.latent_store is {rollout.latent_store}, but algorithm {config.algorithm.name} recovers means "
+            "from the states that a step leaves, which are not to be rounded; set it to fp32"
+        )
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)
@@ -83,10 +104,12 @@ def _no_graph(config: "RunConfig") -> Iterator[str]:
     runtime = config.runtime
     if not config.algorithm_module.Algorithm(config.algorithm).needs.log_probs_only:
         yield "rollout.retain is for algorithms that need log-probs alone, grpo and ddpo without penalty; leave it out"
-    if runtime.kind != "local" or runtime.samplers > 1 or runtime.max_staleness or config.updates_per_step > 1:
+    updates = config.updates_per_step * epochs_of(config.algorithm)
+    if runtime.kind != "local" or runtime.samplers > 1 or runtime.max_staleness or updates > 1:
         yield (
             "rollout.retain needs sampler and learner in one process and one update a step: set runtime.kind: local, "
-            "runtime.samplers: 1, runtime.max_staleness: 0 and algorithm.updates_per_step: 1, or leave it out"
+            "runtime.samplers: 1, runtime.max_staleness: 0 and, of algorithm, updates_per_step and epochs_per_step: 1, "
+            "or leave it out"
         )
 
 

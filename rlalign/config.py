@@ -168,7 +168,7 @@ def _validated(tree: Tree, algorithm: ModuleType, source: Source) -> RunConfig:
 def refuse_data(config: RunConfig) -> None:
     """ValueError for what cannot learn from recorded images."""
     needs, model = config.algorithm_module.Algorithm(config.algorithm).needs, config.model.family
-    if needs.trajectory or needs.reward_gradient:
+    if needs.trajectory or (needs.reward_gradient and not needs.recorded):
         raise ValueError(
             f"rollout.source is data, but {config.algorithm.name} learns from the denoising steps of its own samples, "
             "which recorded images do not have; set algorithm.name to dpo, kto, nft or another that needs only final "

@@ -23,6 +23,7 @@ NOT_PLUGINS = {
     "conventions",
     "agreement",
     "advantages",
+    "baselines",
     "losses",
     "forward",
     "regularise",

@@ -15,7 +15,14 @@ from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.rollout import Chain, rollout, step_noise
 from rlalign.mdp.row_gradients import linear_layers, stored, watched
-from rlalign.mdp.schedule import exponential_hold, flow_schedule, linear_hold, moving_window, plain_sigmas
+from rlalign.mdp.schedule import (
+    compressed_tail_sigmas,
+    exponential_hold,
+    flow_schedule,
+    linear_hold,
+    moving_window,
+    plain_sigmas,
+)
 from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import Family
@@ -36,7 +43,7 @@ class Window(Settings):
     """How many steps."""
     range: tuple[int, int] | Literal["all", "first_half"] = "all"
     """First step that may belong to the window, and the step that may not any more; all: the last step alone may not,
-    first_half: the first num_steps/2 may."""
+    first_half: the first num_steps/2 may, both as far as ``compress`` leaves a step after it."""
     schedule: Literal["random", "progressive", "decay", "exp_decay"] = "random"
     """random: drawn per group; the others move from the noise on, for all groups alike, and stay equally long
     (progressive) or ever shorter towards the sample (MixGRPO)."""
@@ -46,6 +53,9 @@ class Window(Settings):
     """Denoising steps that a moving window goes on by."""
     at_end: Literal["stay", "restart"] = "stay"
     """What a moving window does at the end of the range."""
+    compress: float | None = Field(default=None, gt=0, le=1)
+    """Share of the steps after a moving window that trained chains keep, on the grid of ``rollout.shift``: 0.4 in
+    MixGRPO-Flash; null: all."""
 
     @model_validator(mode="after")
     def _fits(self) -> "Window":
@@ -57,7 +67,12 @@ class Window(Settings):
         """``range`` in numbers, of a chain of so many steps."""
         if isinstance(self.range, tuple):
             return self.range
-        return 0, num_steps - 1 if self.range == "all" else num_steps // 2
+        return 0, min(num_steps - 1 if self.range == "all" else num_steps // 2, self.end(num_steps))
+
+    def end(self, num_steps: int) -> int:
+        """The first step that must not belong to a window: after it a step has to be left, compressed or not."""
+        share = self.compress or 1.0
+        return max((end for end in range(1, num_steps) if int((num_steps - end + 1) * share) >= 2), default=0)
 
     def places(self, num_steps: int) -> int:
         """At how many steps the window may start."""
@@ -111,6 +126,8 @@ class RolloutConfig(Settings):
     """shared: the samples of a group start from the same noise (DanceGRPO, MixGRPO)."""
     time_to_net: Literal["float", "int"] = "float"
     """int truncates the time that the net is told (DanceGRPO)."""
+    latent_store: Literal["fp32", "model_round_first"] = "fp32"
+    """model_round_first: the states of trained chains are rounded to the net's precision before they are scored."""
     logprob_reduction: Literal["mean", "sum"] = "mean"
     """mean over latent elements, as every public framework, or the true density."""
     cps_logprob: Literal["gaussian", "unscaled"] = "gaussian"
@@ -135,6 +152,8 @@ class RolloutConfig(Settings):
             )
         if self.window:
             self.window.places(self.num_steps)
+        if self.window and self.window.compress:
+            self._tail_fits(self.window, self.window.compress)
         if self.cps_logprob == "unscaled" and self.kernel != "cps":
             raise ValueError("cps_logprob: unscaled belongs to kernel: cps")
         if self.samples_per_prompt % self.chain_rows:
@@ -144,6 +163,26 @@ class RolloutConfig(Settings):
                 "that, or train other steps by window.size"
             )
         return self
+
+    def _tail_fits(self, window: Window, share: float) -> None:
+        if window.schedule == "random" or self.shift is None:
+            raise ValueError(
+                "window.compress is for chains that are alike in all groups, on the plain grid: set window.schedule to "
+                "progressive, decay or exp_decay, and shift, 3 for instance"
+            )
+        if window.bounds(self.num_steps)[1] > (end := window.end(self.num_steps)):
+            raise ValueError(
+                f"window.compress {share:g} leaves no step after the last places of the window: raise it, or set "
+                f"window.range to end at {end} at most"
+            )
+
+    def grid(self, step: int | None = None) -> Tensor:
+        """[N+1] the plain grid of ``shift``; with ``step`` that of chains which are trained in that training step."""
+        window, shift = self.window, self.shift or 1.0
+        if step is None or window is None or window.compress is None:
+            return plain_sigmas(self.num_steps, shift)
+        last = window.moved(step, self.num_steps) + window.size - 1
+        return compressed_tail_sigmas(self.num_steps, shift, last, window.compress)
 
     @property
     def num_kept(self) -> int:
@@ -196,6 +235,12 @@ class Policy:
     def blend(self, name: str, decay: float) -> None:
         """copy <- decay * copy + (1 - decay) * policy."""
         blend_(self.copies[name], self.parameters, decay)
+
+    @torch.no_grad()
+    def copy(self, name: str, source: str) -> None:
+        """The weights under ``name`` become those under ``source``."""
+        for key, tensor in self.weights(source).items():
+            self.copies[name][key].copy_(tensor)
 
     @contextmanager
     def using(self, name: Variant) -> Iterator[None]:
@@ -283,14 +328,22 @@ class Policy:
 
     # --- rollout and replay: the same functions on the same numbers
 
-    def schedule(self, settings: RolloutConfig) -> Schedule:
-        """The chain's points; ValueError where a shift is asked of a model that is on another path."""
+    def schedule(self, settings: RolloutConfig, step: int | None = None) -> Schedule:
+        """The chain's points, with ``step`` those of chains that are trained in that training step.
+
+        ValueError where a shift is asked of a model that is on another path.
+        """
         own = self.family.schedule(settings.num_steps, self.size)
         if settings.shift is None:
             return own
         if not own.is_flow:
             raise ValueError("rollout.shift is for flow-matching models, and this one is not: leave it out")
-        return flow_schedule(plain_sigmas(settings.num_steps, settings.shift))
+        return flow_schedule(settings.grid(step))
+
+    @property
+    def stored_in(self) -> torch.dtype | None:
+        """The precision that states of trained chains are rounded to; None: their own."""
+        return self.dtype if self.settings.latent_store == "model_round_first" else None
 
     def kernel(self, x: Tensor, prediction: Prediction, now: Level, nxt: Level) -> Gaussian:
         return KERNELS[self.settings.kernel](x, prediction, now, nxt, self.settings.noise_level)
@@ -325,8 +378,9 @@ class Policy:
         scored = (self.kernel, solver, noise, self.log_prob)
         by_rows = retain and settings.retain == "gradients"
         layers = linear_layers(self.family.nets.values(), self.parameters.values()) if by_rows else []
+        precision = self.stored_in if kept.numel() else None
         with watched(layers) as passes:
-            chain = rollout(predict, x, schedule, stochastic, kept, *scored, retain=retain, gaussians=gaussians)
+            chain = rollout(predict, x, schedule, stochastic, kept, *scored, precision, retain, gaussians)
         doubled = uncond is not None and settings.guidance_scale != 1 and self.settings.uncond_grad
         graphs = (stored(graph, passes, len(x), doubled) for graph in chain.graphs) if by_rows else chain.graphs
         return replace(chain, graphs=tuple(graphs))
@@ -385,7 +439,7 @@ def draw_steps(settings: RolloutConfig, keep: bool, noise: Noise, step: int, gro
     rollout, nothing kept.
     """
     num_steps = settings.num_steps
-    stochastic = torch.zeros(num_steps, dtype=torch.bool)
+    stochastic = torch.zeros(len(settings.grid(step if keep else None)) - 1, dtype=torch.bool)
     if not keep:
         return stochastic, torch.zeros(0, dtype=torch.int64)
     address = (step, group, 0)

@@ -86,6 +86,35 @@ SETTINGS = [
         ("train", "run.yaml", "rollout.retain=true", "algorithm=nft"),
         ("rollout.retain is for algorithms",),
     ),
+    Case(
+        "stale samples of a score function",
+        ("train", "run.yaml", "algorithm=reinforce", "runtime.max_staleness=1"),
+        ("runtime.max_staleness is 1", "fresh samples", "set it to 0"),
+    ),
+    *(
+        Case(
+            f"no densities for {name}",
+            ("train", "run.yaml", f"algorithm={name}", "rollout.kernel=cps", "rollout.cps_logprob=unscaled", *more),
+            ("rollout.cps_logprob is unscaled", name, "set it to gaussian"),
+        )
+        for name, more in {
+            "grpo": ("algorithm.kl_weight=0.1",),
+            "flow_dppo": ("algorithm.kl_weight=0.1", "algorithm.updates_per_step=1"),
+            "dpok": (),
+            "grpo_guard": (),
+            "prdp": (),
+        }.items()
+    ),
+    Case(
+        "pre-training without data",
+        ("train", "run.yaml", "algorithm={name: refl, pretraining: 1.0}"),
+        ("trains on given images", "rollout.source: data"),
+    ),
+    Case(
+        "rounded states whose mean is recovered",
+        ("train", "run.yaml", "algorithm=grpo_guard", "rollout.latent_store=model_round_first"),
+        ("rollout.latent_store", "recovers means", "set it to fp32"),
+    ),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),
     train("text for a number", "rollout.num_steps=ten", "rollout.num_steps is 'ten'", "a whole number"),
     train("fraction for a count", "rollout.num_steps=2.5", "rollout.num_steps is 2.5", "a whole number"),

@@ -99,6 +99,13 @@ def test_new_pictures_have_no_recorded_scores(here: Path, capsys: Capture):
     assert evaluated == {"eval/reward/saturation/mean"}
 
 
+def test_refl_goes_on_with_pre_training_on_recorded_images(here: Path, capsys: Capture):
+    """Its rewards judge what it samples itself; what is recorded is for the second term."""
+    trained(capsys, "algorithm={name: refl, pretraining: 1.0}", "rewards=[{use: saturation}]", "rollout.num_steps=4")
+    errors = [row["pretraining_error"] for row in rows("runs/run")]
+    assert all(error > 0 for error in errors) and errors[-1] != errors[0]
+
+
 MODULES = {name: plugins.load("algorithm", name) for name in plugins.names("algorithm")}
 NEEDS = {name: module.Algorithm(module.Config()).needs for name, module in MODULES.items()}
 FINAL = [name for name, needs in NEEDS.items() if not needs.trajectory and not needs.reward_gradient]

@@ -60,8 +60,8 @@ class AdvantageSettings(Settings):
     """Lower bound of such a std: under gdpo and advantage_aggr an almost constant reward is amplified without it."""
     trim: float = Field(default=0.0, ge=0, lt=1)
     """The lowest share of a group's rewards that its mean and std leave out (MixGRPO); gdpo, loo and batch use all."""
-    adv_clip: float = Field(default=5.0, gt=0)
-    """Advantages are clamped to +-adv_clip."""
+    adv_clip: float | None = Field(default=5.0, gt=0)
+    """Advantages are clamped to +-adv_clip; null: not at all."""
     rewards_as: Literal["values", "winrate"] = "values"
     """winrate: each reward counts as the share of its group's other samples that it beats, whatever the margin."""
     diversity: str | None = None
@@ -98,7 +98,8 @@ def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
     if settings.select == "pareto":
         signed = [part if weight > 0 else -part for part, weight in zip(parts, weights, strict=True) if weight]
         advantages = torch.where(pareto_front(signed, valid), advantages, 0)
-    return advantages.clamp(-settings.adv_clip, settings.adv_clip).float()
+    bound = torch.inf if settings.adv_clip is None else settings.adv_clip
+    return advantages.clamp(-bound, bound).float()
 
 
 class Multipliers:

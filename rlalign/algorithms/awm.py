@@ -37,6 +37,8 @@ class Config(RatioSettings):
     """w(t) of the velocity's error; the table is in ``rlalign/algorithms/forward.py``."""
     clip_range: float = Field(default=1.0, gt=0)
     """ε of the ratio; the published 1 is never reached."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """Advantages are clamped to +-adv_clip."""
     adv_max: float | None = Field(default=1.0, gt=0)
     """Clamped advantages are scaled so that adv_clip becomes this; null leaves them as they are."""
     kl_weight: float = Field(default=0.003, ge=0)
@@ -61,9 +63,9 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        starts: tuple[Copy, ...] = ("start",) if config.updates_per_step > 1 else ()
+        starts: tuple[Copy, ...] = () if config.single else ("start",)
         teachers: tuple[Copy, ...] = ("teacher",) if config.teacher_weight > 0 else ()
-        self.needs = Needs(trajectory=False, copies=starts + teachers, silent_zero=not config.anchors)
+        self.needs = Needs(trajectory=False, copies=starts + teachers, silent_zero=config.teacher_weight == 0)
 
     def advantages(self, scores: Scores) -> Tensor:
         config = self.config

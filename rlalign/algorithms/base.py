@@ -7,8 +7,9 @@ optionally ``PRESETS`` (overlays under the names of papers; their ``algorithm`` 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
+from pydantic import Field
 from torch import Tensor
 
 from rlalign.mdp.noise import Noise
@@ -18,6 +19,25 @@ from rlalign.types import Scores, State, Trajectory
 
 SampleWith = Literal["policy", "old", "ema"]
 Copy = Literal["old", "start", "teacher"]
+
+
+class UpdateSettings(Settings):
+    """The keys of every algorithm that say how often a batch is learnt from."""
+
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer steps of a pass over the batch, each on its own share of whole groups."""
+    epochs_per_step: int = Field(default=1, ge=1)
+    """Passes over the batch; from the second optimizer step on its samples are those of older weights."""
+
+    @property
+    def single(self) -> bool:
+        """All samples are of the very weights that they update."""
+        return self.updates_per_step == self.epochs_per_step == 1
+
+
+def epochs_of(config: Settings) -> int:
+    """Passes over a batch, of an algorithm that may not know the key."""
+    return config.epochs_per_step if isinstance(config, UpdateSettings) else 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +51,17 @@ class Needs:
     By convention ``old`` lags behind and may be what samples, ``start`` is what the step began with, ``teacher`` an
     anchor.
     """
-    silent_zero: bool = False  # a row with advantage 0 has no gradient, so micro-batches of such rows may be skipped
+    silent_zero: bool = False  # a row with advantage 0 feels no more than the penalty, and may be skipped without one
     reward_gradient: bool = False  # differentiates the rewards: the learner sets ``reward`` (see reward_gradients.py)
     log_probs_only: bool = False  # asks ``Policy.log_probs`` and for no more of a replay, so ``rollout.retain`` will do
     whole_groups: bool = False  # losses couple the rows of a group, so micro-batches consist of whole groups, unpadded
     candidates: bool = False  # compares draws from one state: ``rollout.candidates`` says how many
     uncond: bool = False  # the negative prompts of samples that were made without guidance, too
+    fits: bool = False  # a regression of its own, on the learner: see ``Fitting``
+    recorded: bool = False  # trains on given images, besides what it samples itself: ``rollout.source: data``
+    fresh: bool = False  # right for samples of the very weights that are updated, and for no others
+    exact_states: bool = False  # finds the old mean of a step again by its noise: no rounding ``rollout.latent_store``
+    densities: bool = False  # its log-probs have to be those of the step: no ``rollout.cps_logprob: unscaled``
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +90,8 @@ class Algorithm(Protocol):
         """Losses of one micro-batch: every row its own prompt (P = B = b), advantages [b]. One backward per Loss.
 
         Rows of a group have the first two numbers of ``sample.address`` in common. With ``needs.whole_groups`` all its
-        rows are there, in order, but for those left out: invalid ones and, with ``silent_zero``, those of advantage 0.
+        rows are there, in order, but for those left out: invalid ones and, with ``silent_zero``, those of advantage 0
+        that no penalty holds.
         """
         ...
 
@@ -76,6 +102,30 @@ class Algorithm(Protocol):
     def state_dict(self) -> State: ...
 
     def load_state_dict(self, state: State) -> None: ...
+
+
+@runtime_checkable
+class Fitting(Protocol):
+    """An algorithm that learns a regression beside the policy, from every batch after its updates.
+
+    It happens where the trajectories are, on the learner, whose checkpoints hold it: all ranks count their own rows,
+    and all fit the same sums.
+    """
+
+    def counted(self, sample: Trajectory, advantages: Tensor) -> Tensor:
+        """What rows [b] that are their own prompts add to the sums of a batch."""
+        ...
+
+    def fit(self, counted: Tensor) -> None:
+        """Of all rows of the batch."""
+        ...
+
+    @property
+    def fitted(self) -> Tensor:
+        """What it has learnt so far."""
+        ...
+
+    def load_fitted(self, fitted: Tensor) -> None: ...
 
 
 def lag(policy: Policy, copies: tuple[Copy, ...], decay: float) -> dict[str, float]:

@@ -52,6 +52,8 @@ class Config(ForwardSettings):
 
     name: Literal["crd"] = "crd"
     """This algorithm."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """M: advantages are clamped to +-adv_clip, and R is 0 and 1 there."""
     beta: float = Field(default=1.0, gt=0)
     """β: the smaller, the further the policy has to go for the same reward."""
     form: Form = "square"
@@ -73,8 +75,10 @@ class Config(ForwardSettings):
 
 
 def self_normalized_error(v: Tensor, at: Noised) -> Tensor:
-    """mean_D (v - u)² / max(sg mean_D |v - u|, 1e-5) [b]."""
+    """mean_D (v - u)² / max(sg mean_D |v - u|, 1e-5) [b]; of ε in place of v for models of the noise (forward.py)."""
     missed = v - at.velocity
+    if at.unit is not None:
+        missed = at.unit.sqrt().reshape(-1, *[1] * (missed.ndim - 1)) * missed
     return mean_square(missed) / missed.detach().abs().flatten(1).mean(1).clamp(min=GUARD)
 
 
@@ -93,8 +97,11 @@ def centred_loss(
 
 
 def reward_adaptive(targets: Tensor, kl_weight: float) -> Tensor:
-    """m + R (1 - m) [b], m = 1e-4 / β_KL: β_KL times it goes from 1e-4 for the worst to β_KL for the best."""
-    floor = FLOOR / kl_weight
+    """m + R (1 - m) [b], m = min(1e-4 / β_KL, 1): β_KL times it goes from 1e-4 for the worst to β_KL for the best.
+
+    With a β_KL below 1e-4, which a target may come to, it is β_KL for all.
+    """
+    floor = min(FLOOR / kl_weight, 1.0)
     return floor + targets * (1 - floor)
 
 

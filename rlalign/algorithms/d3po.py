@@ -52,8 +52,6 @@ class Config(PairSettings):
     """γ: below 1 early steps weigh more."""
     clip_range: float | None = Field(default=0.1, gt=0, lt=1)
     """ε of the ratio to the reference in each step; null: no bound."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):

@@ -9,24 +9,21 @@ No reference and no penalty: watch the held-out rewards. Metrics as in grpo.py, 
 is not used, only reported.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
+from rlalign.algorithms.baselines import Tracker
 from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, State, Trajectory
 
-DELTA = 1e-6  # of the paper's code
 
-
-class Config(Settings):
+class Config(UpdateSettings):
     """The algorithm block with ``name: ddpo``."""
 
     name: Literal["ddpo"] = "ddpo"
@@ -41,52 +38,24 @@ class Config(Settings):
     """With fewer of them, mean and std of the batch are used."""
     adv_clip: float = Field(default=5.0, gt=0)
     """Advantages are clamped to +-adv_clip."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
     @model_validator(mode="after")
     def _fresh(self) -> "Config":
-        if self.mode == "sf" and self.updates_per_step > 1:
-            raise ValueError("mode: sf is right for fresh samples only: set updates_per_step: 1, or mode: is")
+        if self.mode == "sf" and not self.single:
+            raise ValueError(
+                "mode: sf is right for fresh samples only: set updates_per_step: 1 and epochs_per_step: 1, or mode: is"
+            )
         if self.min_count > self.buffer_size:
             raise ValueError(f"min_count {self.min_count} is never reached with buffer_size {self.buffer_size}")
         return self
 
 
-class Tracker:
-    """The last rewards of every prompt."""
-
-    def __init__(self, buffer_size: int, min_count: int) -> None:
-        self.buffer_size, self.min_count = buffer_size, min_count
-        self.rewards: dict[str, list[float]] = {}
-
-    def advantages(self, prompts: Sequence[str], rewards: Tensor, valid: Tensor) -> Tensor:
-        """(r - mean) / (std + δ) [P, G]: the rewards enter the buffers first, then mean and std are taken."""
-        for prompt, row, real in zip(prompts, rewards, valid, strict=True):
-            new = [float(reward) for reward in row[real]]
-            self.rewards[prompt] = [*self.rewards.get(prompt, []), *new][-self.buffer_size :]
-        whole = rewards[valid]
-        histories = [rewards.new_tensor(self.rewards[prompt]) for prompt in prompts]
-        used = [history if len(history) >= self.min_count else whole for history in histories]
-        normalized = [normalize(row, of) for row, of in zip(rewards, used, strict=True)]
-        return torch.where(valid, torch.stack(normalized), 0)
-
-
-def normalize(rewards: Tensor, history: Tensor) -> Tensor:
-    """(r - mean) / (std + δ), population std."""
-    if len(history) == 0:
-        return torch.zeros_like(rewards)
-    equal = history.max() == history.min()  # their mean may differ from them in the last bit
-    mean = history[0] if equal else history.mean()
-    return (rewards - mean) / (history.std(correction=0) * ~equal + DELTA)
-
-
 class Algorithm:
-    needs = Needs(trajectory=True, silent_zero=True, log_probs_only=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=True, fresh=config.mode == "sf")
         self.tracker = Tracker(config.buffer_size, config.min_count)
 
     def advantages(self, scores: Scores) -> Tensor:

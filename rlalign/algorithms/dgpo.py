@@ -21,7 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
+from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith, Stateless, lag
 from rlalign.algorithms.forward import (
     ForwardSettings,
     Noised,
@@ -57,13 +57,25 @@ class Config(ForwardSettings):
     old_decay: Ramp = Ramp(rate=0.001, max=0.3)
     """d by optimizer step."""
     rollouts: Literal["policy", "old"] = "policy"
-    """Whose samples are learnt from; the authors turn to the old weights after 200 or 500 steps."""
+    """Whose samples are learnt from."""
+    old_after: int = Field(default=0, ge=0)
+    """With rollouts: old, optimizer steps before which the policy itself samples: 200 or 500 in the authors' runs."""
+
+    @property
+    def lagged(self) -> Literal["old", "teacher"]:
+        """The name of θ_old, which is ``old`` itself unless that is the policy for a while."""
+        return "teacher" if self.rollouts == "old" and self.old_after else "old"
+
+    @property
+    def compared(self) -> Variant:
+        """Whose errors e^ref are."""
+        return self.lagged if self.compare_with == "old" else "reference"
 
     @property
     def others(self) -> list[Variant]:
         """Weights whose errors or velocities are asked for."""
         wanted: dict[Variant, bool] = {
-            "old": self.clip_range is not None or self.compare_with == "old",
+            self.lagged: self.clip_range is not None or self.compare_with == "old",
             "reference": self.kl_weight > 0 or self.compare_with == "reference",
         }
         return [name for name, needed in wanted.items() if needed]
@@ -78,7 +90,8 @@ class Algorithm(Stateless):
     def __init__(self, config: Config) -> None:
         self.config = config
         self.sample_with: SampleWith = config.rollouts
-        copies = ("old",) if "old" in config.others or config.rollouts == "old" else ()
+        lags = config.lagged in config.others or config.rollouts == "old"
+        copies: tuple[Copy, ...] = ("teacher", "old") if config.lagged == "teacher" else ("old",) if lags else ()
         self.needs = Needs(trajectory=False, copies=copies, whole_groups=True)
 
     def advantages(self, scores: Scores) -> Tensor:
@@ -95,9 +108,9 @@ class Algorithm(Stateless):
         config, means = self.config, dict[str, Tensor]()
         errors = {name: error(other, at, config.weighting) for name, other in fixed.items()}
         e, still = error(v, at, config.weighting), torch.zeros_like(advantages, dtype=torch.bool)
-        means["group_weight"] = group_weight(e - errors[config.compare_with], advantages, group, config.beta)
+        means["group_weight"] = group_weight(e - errors[config.compared], advantages, group, config.beta)
         if config.clip_range is not None:
-            q = (errors["old"] - e.detach()).exp()
+            q = (errors[config.lagged] - e.detach()).exp()
             still = beyond(q, advantages, config.clip_range, config.clip_range)
             means |= {"ratio/mean": q, "clip_fraction": still.float()}
         rows = means["group_weight"] * advantages * torch.where(still, e.detach(), e)
@@ -109,7 +122,10 @@ class Algorithm(Stateless):
         return Loss(rows, means)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return lag(policy, self.needs.copies, self.config.old_decay.at(updates))
+        metrics = lag(policy, self.needs.copies, self.config.old_decay.at(updates))
+        if self.config.lagged == "teacher":
+            policy.copy("old", "teacher" if updates >= self.config.old_after else "policy")
+        return metrics
 
 
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "dpmpp_2m", "window": None}, "optimizer": {"lr": 3e-4}}

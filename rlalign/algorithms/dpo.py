@@ -45,8 +45,6 @@ class Config(PairSettings, TimeSettings):
     """w(t) of the errors."""
     discount: float = Field(default=1.0, gt=0, le=1)
     """γ: below 1 the margin shrinks with every level of the rollout's grid that is noisier."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 def implicit_reward(likelihood: Tensor, reference: Tensor, beta: float, half: bool = True) -> Tensor:

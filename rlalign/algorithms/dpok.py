@@ -2,72 +2,60 @@
 
     L = mean over samples and kept steps k of  max(-A_k ρ_k, -A_k clip(ρ_k, 1 ± ε)) + β KL(π_θ || π_ref)(y_k)
 
-    baseline    loo: A = r - mean of the group's other rewards      value: A = r - V(c)
-    kl_credit   direct: A_k = A                                     to_go: A_k = A - β Σ_{j > k} KL_j
+    baseline    loo: A = r - mean of the group's other rewards  value: A = r - V(c)  state: A = r - V(c) - V(y_k)
+    kl_credit   direct: A_k = A                                 to_go: A_k = A - β Σ_{j > k} KL_j
 
 ρ = 1 in the first update, whose gradient is the paper's. Nothing is divided by a std, so that β is in units of the
 reward a nat. ``direct`` differentiates each KL at the states visited; ``to_go`` also lets a step answer for the KL of
 the kept steps after it, and it alone has the optimum of E r - β Σ KL at rest. KL_j in A_k is the whole divergence; the
-penalty is reduced as the log-probs are, and so is the weight between the two. V(c) is not a network but one number a
-prompt, which moves towards the mean reward of every new group by ``value_rate``; a new prompt has the loo baseline.
+penalty is reduced as the log-probs are, and so is the weight between the two. V(c) is one number a prompt, which
+moves towards the mean reward of every new group by ``value_rate``; a new prompt has the loo baseline. V(y_k) is what
+remains of the reward in the mean, by ridge regression on block means of the state, from earlier batches (baselines.py).
+Neither is a network of both, as in the paper.
 
 Metrics as in grpo.py, and ``kl_to_go`` = Σ_{j > k} KL_j under ``to_go``.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import loo
-from rlalign.algorithms.base import Loss, Needs, SampleWith
-from rlalign.algorithms.losses import clipped_policy_loss, fixed_step, kept_step, ratio, ratio_means
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
+from rlalign.algorithms.baselines import StateValue, Values
+from rlalign.algorithms.losses import (
+    KlCredit,
+    clipped_policy_loss,
+    kept_step,
+    kl_to_go,
+    ratio,
+    ratio_means,
+    reference_steps,
+)
 from rlalign.algorithms.regularise import Penalised, held
 from rlalign.mdp.noise import Noise
-from rlalign.mdp.transition import Gaussian
-from rlalign.policy import Policy
+from rlalign.policy import Policy, Step
 from rlalign.types import Scores, State, Trajectory
 
 
-class Config(Penalised):
+class Config(Penalised, UpdateSettings):
     """The algorithm block with ``name: dpok``."""
 
     name: Literal["dpok"] = "dpok"
     """This algorithm."""
-    baseline: Literal["loo", "value"] = "loo"
-    """What is taken off a reward: the mean of the group's other samples, or the prompt's running mean V(c)."""
+    baseline: Literal["loo", "value", "state"] = "loo"
+    """What is taken off a reward: the mean of the group's other samples, the prompt's running mean V(c), or besides
+    that what a regression says of the state y_k."""
     value_rate: float = Field(default=0.1, gt=0, le=1)
-    """Share of the way that V(c) goes towards the mean reward of a new group."""
+    """Share of the way that V(c) goes towards the mean reward of a new group, and V(y_k) towards a new batch."""
     kl_weight: float = Field(default=1e-3, ge=0)
     """β, in units of the reward a nat."""
-    kl_credit: Literal["direct", "to_go"] = "direct"
+    kl_credit: KlCredit = "direct"
     """to_go: the KL of later kept steps counts in the advantage, at the cost of one more pass a step."""
     clip_range: float = Field(default=1e-4, gt=0, le=1)
     """ε of the ratio; it acts from the second update on."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
-
-
-class Values:
-    """V(c): one number a prompt, by regression on its rewards."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self.values: dict[str, float] = {}
-
-    def advantages(self, prompts: Sequence[str], rewards: Tensor, valid: Tensor) -> Tensor:
-        """r - V(c) [P, G], V from before these rewards, which would else be their own baseline; then V moves."""
-        known = torch.tensor([[prompt in self.values] for prompt in prompts])
-        values = rewards.new_tensor([[self.values.get(prompt, 0.0)] for prompt in prompts])
-        advantages = torch.where(known, rewards - values, loo(rewards, valid))
-        for prompt, row, real in zip(prompts, rewards, valid, strict=True):
-            if real.any():
-                mean = float(row[real].mean())
-                before = self.values.get(prompt, mean)
-                self.values[prompt] = before + self.rate * (mean - before)
-        return torch.where(valid, advantages, 0)
 
 
 class Algorithm:
@@ -75,8 +63,9 @@ class Algorithm:
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=config.kl_weight == 0)
-        self.values = Values(config.value_rate)
+        fits = config.baseline == "state"
+        self.needs = Needs(trajectory=True, silent_zero=not fits, densities=config.kl_weight > 0, fits=fits)
+        self.values, self.state_value = Values(config.value_rate), StateValue(config.value_rate)
 
     def advantages(self, scores: Scores) -> Tensor:
         rewards, valid = scores.total.double(), scores.valid
@@ -85,22 +74,10 @@ class Algorithm:
         return self.values.advantages(scores.prompts, rewards, valid).float()
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        references: list[Gaussian | None] = [None] * sample.num_kept
-        if self.config.kl_weight > 0:  # first: they borrow the parameters that the graph holds
-            references = [fixed_step(policy, "reference", sample, slot).gaussian for slot in range(sample.num_kept)]
-        to_go = self._kl_to_go(policy, sample, references)
+        references = reference_steps(policy, sample, self.config.kl_weight)
+        to_go = kl_to_go(policy, sample, references, self.config.kl_credit)
         for slot, reference in enumerate(references):
             yield self._loss(policy, sample, slot, advantages, to_go, reference)
-
-    def _kl_to_go(self, policy: Policy, sample: Trajectory, references: list[Gaussian | None]) -> Tensor | None:
-        """[b, K]: KL of the kept steps after each."""
-        if self.config.kl_credit == "direct":
-            return None
-        steps = [(fixed_step(policy, "policy", sample, slot), ref) for slot, ref in enumerate(references) if ref]
-        if not steps:
-            return None
-        kls = torch.stack([held(step.gaussian.kl(reference, "sum"), sample.held) for step, reference in steps], 1)
-        return kls.flip(1).cumsum(1).flip(1) - kls
 
     def _loss(
         self,
@@ -109,22 +86,36 @@ class Algorithm:
         slot: int,
         advantages: Tensor,
         to_go: Tensor | None,
-        reference: Gaussian | None,
+        reference: Step | None,
     ) -> Loss:
         epsilon, beta = self.config.clip_range, self.config.kl_weight
         gaussian = policy.replay(sample, slot).gaussian
         rho = ratio(policy.log_prob(gaussian, sample.x_next[:, slot]), sample.log_probs[:, slot])
-        credit = advantages if to_go is None else advantages - beta * to_go[:, slot]
+        credit = advantages - self.state_value(sample, slot) if self.needs.fits else advantages
+        credit = credit if to_go is None else credit - beta * to_go[:, slot]
         policy_loss = clipped_policy_loss(rho, credit, epsilon, epsilon)
         means = ratio_means(rho, epsilon, epsilon)
         if to_go is not None:
             means["kl_to_go"] = to_go[:, slot]
         reduction = policy.settings.logprob_reduction
-        kl = None if reference is None else held(gaussian.kl(reference, reduction), sample.held)
+        kl = None if reference is None else held(gaussian.kl(reference.gaussian, reduction), sample.held)
         return kept_step(sample, policy_loss, rho, means, kl, beta)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
         return {}
+
+    def counted(self, sample: Trajectory, advantages: Tensor) -> Tensor:
+        return self.state_value.counted(sample, advantages)
+
+    def fit(self, counted: Tensor) -> None:
+        self.state_value.fit(counted)
+
+    @property
+    def fitted(self) -> Tensor:
+        return self.state_value.sums
+
+    def load_fitted(self, fitted: Tensor) -> None:
+        self.state_value.load(fitted)
 
     def state_dict(self) -> State:
         return State(values={"values": dict(self.values.values)})

@@ -49,7 +49,7 @@ class Algorithm(RewardGradient):
         for copy in range(config.noised_copies):
             epsilon = noise.normal("train/noise", sample.address, copy, policy.latent_shape).to(sample.final)
             again = level.alpha * sample.final + level.sigma * epsilon
-            found = self.loss(policy, sample, predict(policy, sample, again, last).x0, config)
+            found = self.loss(policy, sample, predict(policy, sample, again, last, config.checkpointing).x0, config)
             yield Loss(found.rows / config.noised_copies, found.means)
 
 

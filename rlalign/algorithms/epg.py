@@ -79,8 +79,7 @@ class Algorithm(Stateless):
         self.config = config
         self.sample_with: SampleWith = "old" if config.old == "old" else "policy"
         copies = () if config.old == "policy" else ("old",) if config.old == "old" else ("start",)
-        silent = config.kl_weight == 0 and config.objective == "epg"
-        self.needs = Needs(trajectory=False, copies=copies, silent_zero=silent)
+        self.needs = Needs(trajectory=False, copies=copies, silent_zero=config.objective == "epg")
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

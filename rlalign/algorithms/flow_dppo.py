@@ -19,7 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.losses import KlForm, divergence, fixed_step, kept_step, ratio, trusted
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
@@ -28,7 +28,7 @@ from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: flow_dppo``."""
 
     name: Literal["flow_dppo"] = "flow_dppo"
@@ -40,7 +40,7 @@ class Config(AdvantageSettings, Penalised):
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence."""
     updates_per_step: int = Field(default=2, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
+    """Optimizer steps of a pass over the batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):
@@ -48,7 +48,8 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=config.kl_weight == 0)
+        compares = config.kl_weight > 0 and config.kl_form == "gaussian"
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=compares, exact_states=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)
@@ -98,10 +99,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "noise_level": 0.7,
             "window": None,
         },
-        "algorithm": {"name": "flow_dppo", "advantage": "gdpo", "threshold": 1e-5, "updates_per_step": 2},
+        "algorithm": {"name": "flow_dppo", "advantage": "gdpo", "adv_clip": None, "updates_per_step": 2},
         "optimizer": {"lr": 3e-4, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-4, "max_grad_norm": 1.0},
         "ema": {"decay": 0.9, "every": 8},
         "model": {"lora": {"rank": 32, "alpha": 64}},
     },
 }
-"""The paper's threshold and advantages on its host recipe, Flow-GRPO on SD3.5. Its code leaves advantages unclamped."""
+"""The paper's threshold and advantages on its host recipe, Flow-GRPO on SD3.5. The code does not clamp
+advantages."""

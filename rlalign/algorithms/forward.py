@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings
-from rlalign.algorithms.base import Loss
+from rlalign.algorithms.base import Loss, UpdateSettings
 from rlalign.algorithms.losses import mean_square
 from rlalign.algorithms.regularise import Penalised, held
 from rlalign.ema import ramp
@@ -39,7 +39,7 @@ GUARD = 1e-5  # lower bound of the adaptive denominator
 SMOOTH, POWER = 1e-10, 0.25  # of AWM's huber and ghuber
 
 
-class TimeSettings(AdvantageSettings):
+class TimeSettings(AdvantageSettings, UpdateSettings):
     """The keys of forward-process algorithms that say at which times a sample is looked at."""
 
     times: Literal["grid", "uniform", "logit_normal"] = "grid"
@@ -61,8 +61,6 @@ class ForwardSettings(TimeSettings, Penalised):
     """β of the penalty w(t) mean (v - v_ref)²; above 0 it costs one more pass a time."""
     kl_weighting: TimeWeighting = "uniform"
     """w(t) of that penalty."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class RatioSettings(ForwardSettings):
@@ -73,8 +71,12 @@ class RatioSettings(ForwardSettings):
 
     @property
     def began_with(self) -> Literal["policy", "start"]:
-        """The weights at the beginning of the step: with a single update the policy's own, which costs nothing."""
-        return "start" if self.updates_per_step > 1 else "policy"
+        """The weights at the beginning of the step: with a single update the policy's own, which costs nothing.
+
+        They are not those that sampled where ``runtime.max_staleness`` is above 0: the ratio corrects for the updates
+        of its own step alone.
+        """
+        return "policy" if self.single else "start"
 
 
 class Ramp(Settings):
@@ -225,10 +227,15 @@ def anchor(v: Tensor, fixed: Tensor, t: Tensor, weighting: TimeWeighting) -> Ten
     return time_weight(t, weighting) * mean_square(v - fixed)
 
 
+def distance(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
+    """w(t) mean_D (v - v_fixed)² [b], of the noise for models that predict it."""
+    found = anchor(v, fixed, at.t, weighting)
+    return found if at.unit is None else at.unit * found
+
+
 def penalty(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
     """w(t) mean_D (v - v_fixed)² [b], what holds a velocity to another, in the samples that are to be held."""
-    distance = anchor(v, fixed, at.t, weighting)
-    return held(distance if at.unit is None else at.unit * distance, at.held)
+    return held(distance(v, fixed, at, weighting), at.held)
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,7 @@ class Config(RatioSettings):
     clip_range: float = Field(default=0.05, gt=0)
     """ε of the ratio."""
     updates_per_step: int = Field(default=2, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups; with one of them the ratio is 1."""
+    """Optimizer steps of a pass over the batch, each on its own share of groups; with one in all the ratio is 1."""
 
 
 class Algorithm(Stateless):
@@ -46,8 +46,8 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        copies = ("start",) if config.updates_per_step > 1 else ()
-        self.needs = Needs(trajectory=False, copies=copies, silent_zero=config.kl_weight == 0)
+        copies = () if config.single else ("start",)
+        self.needs = Needs(trajectory=False, copies=copies, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)

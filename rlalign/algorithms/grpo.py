@@ -3,9 +3,10 @@
     ρ_k = π_θ(y_{k+1} | y_k, c) / π_old(y_{k+1} | y_k, c)
     L   = mean over samples and kept steps k of  w_k max(-A ρ_k, -A clip(ρ_k, 1 ± ε)) + β KL_k(π_θ || π_ref)
 
-The advantage A of a sample is the same for all its steps. Which steps are stochastic and trained, and by which kernel,
-is the rollout's business; the three papers differ in that, in A and in nothing else. TempFlow-GRPO (2508.04324) and
-Flash-GRPO (2605.15980) add w_k, which is 1 elsewhere (losses.py); the penalty then acts as if β were β / w_k.
+The advantage A of a sample is the same for all its steps, unless ``kl_credit`` makes a step answer for the penalties of
+later ones. Which steps are stochastic and trained, and by which kernel, is the rollout's business; the three papers
+differ in that, in A and in nothing else. TempFlow-GRPO (2508.04324) and Flash-GRPO (2605.15980) add w_k, which is 1
+elsewhere (losses.py); the penalty then acts as if β were β / w_k.
 
 Metrics: ``policy_loss`` with w_k, before any penalty · ``kl`` in the form of ``kl_form``, when its weight is positive ·
 ``ratio/mean`` · ``ratio/max_abs_dev`` = max |ρ - 1|, 0 at a first update on fresh samples · ``clip_fraction`` = share
@@ -19,17 +20,19 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, Multipliers, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.grpo_presets import PRESETS as PRESETS
 from rlalign.algorithms.losses import (
+    KlCredit,
     KlForm,
     StepWeight,
     clipped_policy_loss,
     divergence,
-    fixed_step,
     kept_step,
+    kl_to_go,
     ratio,
     ratio_means,
+    reference_steps,
     step_weights,
 )
 from rlalign.algorithms.regularise import Penalised
@@ -40,7 +43,7 @@ from rlalign.types import Scores, State, Trajectory
 Range = Annotated[float, Field(gt=0, le=1)]
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: grpo``."""
 
     name: Literal["grpo"] = "grpo"
@@ -51,16 +54,16 @@ class Config(AdvantageSettings, Penalised):
     """β of the penalty towards the reference; above 0 it costs one more pass a step."""
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence; weights published for flow_grpo (0.04, 0.01) belong to no_tau."""
+    kl_credit: KlCredit = "direct"
+    """to_go: A_k = A - β Σ_{j > k} KL_j, whole divergences of later kept steps, for one more pass a step (dpok.py)."""
     step_weight: StepWeight = "none"
     """w of a step: tempflow grows with its noise, flash makes all gradients equally long; mean 1 over the steps."""
     zero_std_groups: Literal["drop", "keep"] = "drop"
-    """keep: rows with advantage 0 still feel the penalty; drop: they do not count at all."""
+    """Whether samples of a group that teaches nothing feel the penalty all the same."""
     constraints: dict[str, float] = Field(default_factory=dict[str, float])
     """Rewards by name that are to reach a mean and no more; their weights are found in training."""
     constraint_rate: float = Field(default=0.1, gt=0)
     """What such a weight grows by a step where the mean is 1 short of its bound."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -73,17 +76,19 @@ class Algorithm:
     def __init__(self, config: Config) -> None:
         self.config = config
         self.multipliers = Multipliers(config.constraints, config.constraint_rate)
-        free, drops = config.kl_weight == 0, config.zero_std_groups == "drop"
-        self.needs = Needs(trajectory=True, silent_zero=free or drops, log_probs_only=free)
+        free, compares = config.kl_weight == 0, config.kl_weight > 0 and config.kl_form == "gaussian"
+        self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=free, densities=compares)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(self.multipliers.weighted(scores) if self.config.constraints else scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         weights = step_weights(self.config.step_weight, policy, sample)
-        for slot in range(sample.num_kept):
-            reference = fixed_step(policy, "reference", sample, slot) if self.config.kl_weight > 0 else None
-            yield self._loss(policy, sample, slot, advantages, weights[:, slot], reference)
+        references = reference_steps(policy, sample, self.config.kl_weight)
+        to_go = kl_to_go(policy, sample, references, self.config.kl_credit)
+        for slot, reference in enumerate(references):
+            credit = advantages if to_go is None else advantages - self.config.kl_weight * to_go[:, slot]
+            yield self._loss(policy, sample, slot, credit, weights[:, slot], reference)
 
     def _loss(
         self,
@@ -101,9 +106,7 @@ class Algorithm:
         kl = None
         if step is not None and reference is not None:
             kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
-        feel = advantages != 0 if self.config.zero_std_groups == "drop" else None
-        means = ratio_means(rho, low, high)
-        return kept_step(sample, policy_loss, rho, means, kl, self.config.kl_weight, feel)
+        return kept_step(sample, policy_loss, rho, ratio_means(rho, low, high), kl, self.config.kl_weight)
 
     def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
         return {}

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageKind, AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.losses import (
     KlForm,
     clipped_policy_loss,
@@ -27,6 +27,7 @@ from rlalign.algorithms.losses import (
     guarded_ratio,
     kept_step,
     ratio_means,
+    step_length,
 )
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
@@ -35,7 +36,7 @@ from rlalign.policy import Policy, Step
 from rlalign.types import Scores, Trajectory
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: grpo_guard``."""
 
     name: Literal["grpo_guard"] = "grpo_guard"
@@ -44,12 +45,12 @@ class Config(AdvantageSettings, Penalised):
     """What is taken off a reward and what it is divided by; the table is in ``rlalign/algorithms/advantages.py``."""
     clip_range: float = Field(default=2e-6, gt=0, le=1)
     """ε of the guarded ratio, which moves c times less than the plain one."""
+    guard_div_tau: bool = True
+    """False leaves out 1/τ, as Flow-Factory does; on another path than the flow path τ has no meaning."""
     kl_weight: float = Field(default=0.0, ge=0)
     """β of the penalty towards the reference; above 0 it costs one more pass a step."""
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):
@@ -57,14 +58,12 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=True, silent_zero=config.kl_weight == 0)
+        self.needs = Needs(trajectory=True, silent_zero=True, densities=True, exact_states=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        if policy.settings.cps_logprob == "unscaled":
-            raise ValueError("grpo_guard needs log-probabilities that are densities: set rollout.cps_logprob: gaussian")
         for slot in range(sample.num_kept):
             reference = fixed_step(policy, "reference", sample, slot) if self.config.kl_weight > 0 else None
             step = policy.replay(sample, slot)
@@ -85,8 +84,8 @@ class Algorithm(Stateless):
         log_probs = policy.log_prob(step.gaussian, sample.x_next[:, slot])
         moved, std = step.gaussian.kl(old, reduction), step.gaussian.std.flatten()
         rho = guarded_ratio(log_probs, sample.log_probs[:, slot], moved, std)
-        tau = (step.now.sigma - step.nxt.sigma).flatten()
-        policy_loss = clipped_policy_loss(rho, advantages, epsilon, epsilon) / tau
+        policy_loss = clipped_policy_loss(rho, advantages, epsilon, epsilon)
+        policy_loss = policy_loss / step_length(step) if self.config.guard_div_tau else policy_loss
         kl = None if reference is None else divergence(self.config.kl_form, step, reference, reduction)
         return kept_step(sample, policy_loss, rho, ratio_means(rho, epsilon, epsilon), kl, self.config.kl_weight)
 

@@ -31,12 +31,13 @@ from rlalign.algorithms.forward import (
     likelihood,
     velocities,
 )
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
 
 
-class Config(TimeSettings):
+class Config(TimeSettings, Anchored):
     """The algorithm block with ``name: kto``."""
 
     name: Literal["kto"] = "kto"
@@ -51,8 +52,6 @@ class Config(TimeSettings):
     """λ of the others."""
     weighting: Weighting = "uniform"
     """w(t) of the errors."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 def thumbs(advantages: Tensor, valid: Tensor, median: bool) -> Tensor:

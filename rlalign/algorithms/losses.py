@@ -12,6 +12,7 @@ from rlalign.policy import Policy, Step, Variant
 from rlalign.types import Trajectory
 
 KlForm = Literal["gaussian", "no_tau", "mean_sq", "velocity"]
+KlCredit = Literal["direct", "to_go"]
 StepWeight = Literal["none", "tempflow", "flash"]
 
 
@@ -66,7 +67,17 @@ def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["me
     if form == "mean_sq":
         return held(mean_square(step.gaussian.mean - reference.gaussian.mean), step.held)
     kl = held(step.gaussian.kl(reference.gaussian, reduction), step.held)
-    return kl if form == "gaussian" else (step.now.sigma - step.nxt.sigma).flatten() * kl
+    return kl if form == "gaussian" else step_length(step) * kl
+
+
+def step_length(step: Step) -> Tensor:
+    """τ = σ - σ' [b]; ValueError off the flow path, where noise levels are no times."""
+    if not torch.allclose(step.now.alpha + step.now.sigma, torch.ones_like(step.now.sigma), atol=1e-4):
+        raise ValueError(
+            "the length τ of a step belongs to flow-matching models, and this one is not: set algorithm.kl_form to "
+            "gaussian or velocity, and for grpo_guard guard_div_tau: false"
+        )
+    return (step.now.sigma - step.nxt.sigma).flatten()
 
 
 @torch.no_grad()
@@ -79,6 +90,23 @@ def fixed_step(policy: Policy, name: Variant, sample: Trajectory, slot: int) -> 
         return policy.replay(sample, slot)
 
 
+def reference_steps(policy: Policy, sample: Trajectory, kl_weight: float) -> list[Step | None]:
+    """Of each kept step the reference's, None where nothing is held to it."""
+    slots = range(sample.num_kept)
+    return [fixed_step(policy, "reference", sample, slot) if kl_weight > 0 else None for slot in slots]
+
+
+def kl_to_go(policy: Policy, sample: Trajectory, references: list[Step | None], credit: KlCredit) -> Tensor | None:
+    """[b, K] Σ_{j > k} KL_j, the whole divergences of the kept steps after each; None where they are not its credit."""
+    if credit == "direct":
+        return None
+    steps = [(fixed_step(policy, "policy", sample, slot), ref) for slot, ref in enumerate(references) if ref]
+    if not steps:
+        return None
+    kls = torch.stack([held(step.gaussian.kl(ref.gaussian, "sum"), sample.held) for step, ref in steps], 1)
+    return kls.flip(1).cumsum(1).flip(1) - kls
+
+
 def kept_step(
     sample: Trajectory,
     policy_loss: Tensor,
@@ -86,13 +114,11 @@ def kept_step(
     means: dict[str, Tensor],
     kl: Tensor | None,
     kl_weight: float,
-    held_rows: Tensor | None = None,
 ) -> Loss:
-    """Of one kept step: the policy term, and the penalty where there is one, in ``held_rows`` [b] of 0 and 1 alone."""
+    """Of one kept step: the policy term, and the penalty where there is one."""
     rows, means = policy_loss, {"policy_loss": policy_loss.detach(), **means}
     if kl is not None:
-        penalty, means["kl"] = kl_weight * kl, kl.detach()
-        rows = rows + (penalty if held_rows is None else penalty * held_rows)
+        rows, means["kl"] = rows + kl_weight * kl, kl.detach()
     return Loss(rows / sample.num_kept, means, {"ratio/max_abs_dev": (rho.detach() - 1).abs()})
 
 

@@ -23,10 +23,10 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
-from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, velocity
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
+from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, penalty, velocity
 from rlalign.algorithms.losses import mean_square
-from rlalign.algorithms.regularise import Penalised, held
+from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
@@ -38,11 +38,13 @@ Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not o
 DECAYS = {0: Ramp(rate=0.0, max=0.0), 1: Ramp(rate=0.001, max=0.5), 2: Ramp(flat=75, rate=0.0075, max=0.999)}
 
 
-class Config(AdvantageSettings, Penalised):
+class Config(AdvantageSettings, Penalised, UpdateSettings):
     """The algorithm block with ``name: nft``."""
 
     name: Literal["nft"] = "nft"
     """This algorithm."""
+    adv_clip: float = Field(default=5.0, gt=0)  # pyright: ignore[reportIncompatibleVariableOverride]
+    """M: advantages are clamped to +-adv_clip, and ρ is 0 and 1 there."""
     beta: float = Field(default=1.0, gt=0)
     """β, the guidance strength between the two implicit policies; the smaller, the longer the step."""
     kl_weight: float = Field(default=1e-4, ge=0)
@@ -55,8 +57,6 @@ class Config(AdvantageSettings, Penalised):
     """Times a sample, drawn from the rollout's grid; null: all but one, int(0.99 N)."""
     old_decay: Literal[0, 1, 2] | Ramp = 1
     """d by optimizer step n; 0: always 0, 1: min(0.001 n, 0.5), 2: 0 up to n = 75, then min(0.0075 (n - 75), 0.999)."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
     def decay(self, updates: int) -> float:
         """d after so many optimizer steps."""
@@ -129,7 +129,7 @@ class Algorithm(Stateless):
         rows, means = policy_loss, {"policy_loss": policy_loss, "positive_loss": positive, "negative_loss": negative}
         means["old_deviate"] = mean_square(v - v_old)
         if v_ref is not None:
-            means["kl"] = held(mean_square(v - v_ref), at.held)
+            means["kl"] = penalty(v, v_ref, at, "uniform")
             rows = rows + config.kl_weight * means["kl"]
         return Loss(rows, {name: value.detach() for name, value in means.items()})
 

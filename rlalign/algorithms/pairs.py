@@ -20,9 +20,10 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss
+from rlalign.algorithms.base import Loss, UpdateSettings
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.losses import fixed_step
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.transition import Gaussian, Reduction
 from rlalign.policy import Policy
 from rlalign.types import Scores, Trajectory
@@ -31,7 +32,7 @@ Pairing = Literal["best_worst", "ranked"]
 PairLoss = Literal["sigmoid", "cdpo", "hinge", "ipo"]
 
 
-class PairSettings(AdvantageSettings):
+class PairSettings(AdvantageSettings, Anchored, UpdateSettings):
     """The keys of preference objectives that say which samples make a pair."""
 
     pairs: Pairing = "best_worst"

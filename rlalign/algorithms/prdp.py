@@ -20,16 +20,16 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign.algorithms.advantages import center
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.pairs import whole_trajectory
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, Trajectory
 
 
-class Config(Settings):
+class Config(Anchored, UpdateSettings):
     """The algorithm block with ``name: prdp``."""
 
     name: Literal["prdp"] = "prdp"
@@ -38,8 +38,6 @@ class Config(Settings):
     """β, what a nat of divergence costs in units of the reward."""
     clip_range: float = Field(default=1e-4, gt=0)
     """ε by which a step's log-prob, as the run reduces it, may leave the sampler's; it matters from the 2nd update."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 def proximal(rho: Tensor, to_sampler: Tensor, bound: float) -> Tensor:
@@ -61,7 +59,7 @@ def mean_over_pairs(errors: Tensor, group: Tensor) -> Tensor:
 
 
 class Algorithm(Stateless):
-    needs = Needs(trajectory=True, whole_groups=True)  # a row of average reward takes part in pairs like any other
+    needs = Needs(trajectory=True, whole_groups=True, densities=True)  # a row of average reward is in pairs, too
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
@@ -71,8 +69,6 @@ class Algorithm(Stateless):
         return center(scores.total.double(), scores.valid).float()
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
-        if policy.settings.cps_logprob == "unscaled":
-            raise ValueError("algorithm prdp compares densities: set rollout.cps_logprob: gaussian")
         group = group_index(sample)
         scale = sample.final[0].numel() if policy.settings.logprob_reduction == "mean" else 1
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import group_relative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
-from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, anchor, at_times, penalty, velocities
+from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, at_times, distance, penalty, velocities
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
@@ -68,7 +68,7 @@ class Algorithm(Stateless):
         for at in at_times(config, sample, noise):
             v, fixed = velocities(policy, sample, at, others)
             goal = target(fixed["reference"], fixed[config.baseline], at.velocity, advantages, config.kappa)
-            rows = anchor(v, goal.to(v), at.t, config.weighting)
+            rows = distance(v, goal.to(v), at, config.weighting)
             moved = mean_square(v.detach() - fixed["reference"])
             means = {"policy_loss": rows.detach(), "moved": moved}
             if config.kl_weight > 0:

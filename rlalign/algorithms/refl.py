@@ -1,15 +1,19 @@
 """ReFL: the reward of the clean latent that one late step predicts (ImageReward, arXiv 2304.05977).
 
-    L = λ φ(r(x̂_0(x_m)))        φ(r) = relu(2 - r)        m drawn for every batch from the last quarter of the steps
+    L = λ φ(r(x̂_0(x_m))) + w mean (v_θ - u)²        φ(r) = relu(2 - r)
 
-Steps before m run without a graph; the sampler's own later steps are not needed. φ stops once the reward is above
-``enough``, with r in ImageReward's scale of about -2 to 2. The paper adds the pre-training loss on its own data, which
-is not part of this. φ, λ and the pre-training term are to be verified against the paper.
+m is drawn for every batch from the last quarter of the steps. Steps before m run without a graph; the sampler's own
+later steps are not needed. φ stops once the reward is above ``enough``, with r in ImageReward's scale of about -2 to 2.
+The second term is the loss of pre-training, at one time of each of the images that prompts.train records
+(``rollout.source: data``), without guidance; of the noise for models that predict it. φ and λ are to be verified
+against the paper.
 
-Metrics: ``policy_loss`` = λ φ(r) · ``reward_with_graph`` = r of the predicted picture.
+Metrics: ``policy_loss`` = λ φ(r) · ``reward_with_graph`` = r of the predicted picture · ``pretraining_error`` =
+mean (v_θ - u)², when it has a weight.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
@@ -17,10 +21,13 @@ from torch import Tensor
 
 from rlalign.algorithms import reward_gradients
 from rlalign.algorithms.base import Loss
+from rlalign.algorithms.forward import TimeSettings, at_times, error
 from rlalign.algorithms.reward_gradients import GradientSettings, RewardGradient, denoise, step_of
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Trajectory
+
+ONE_TIME = TimeSettings(times="uniform", num_times=1)
 
 
 class Config(GradientSettings):
@@ -33,23 +40,29 @@ class Config(GradientSettings):
     enough: float | None = None
     """Reward above which there is no gradient, 2 in the paper; null: φ(r) = -r, whatever the reward's scale."""
     loss_scale: float = Field(default=1.0, gt=0)
-    """λ; the paper's is 1e-3, beside the pre-training loss."""
+    """λ; the paper's is 1e-3, beside a pre-training loss of weight 1."""
+    pretraining: float = Field(default=0.0, ge=0)
+    """w of the pre-training loss on recorded images; above 0 it needs rollout.source: data."""
 
 
 class Algorithm(RewardGradient):
     def __init__(self, config: Config) -> None:
         self.config = config
+        self.needs = replace(self.needs, recorded=config.pretraining > 0)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         at = self.step(sample.schedule.num_steps, step_of(sample), noise)
         found = self.loss(
             policy, sample, denoise(policy, sample, noise, [at], self.config.checkpointing, until=at), self.config
         )
-        if self.config.enough is None:
-            yield found
-            return
-        rows = (found.rows + self.config.loss_scale * self.config.enough).relu()
+        rows = found.rows
+        if self.config.enough is not None:
+            rows = (rows + self.config.loss_scale * self.config.enough).relu()
         yield Loss(rows, {**found.means, "policy_loss": rows.detach()})
+        if self.config.pretraining:
+            (seen,) = at_times(ONE_TIME, sample, noise)
+            e = error(policy.predict_noised(sample, seen.x, seen.t, guidance=1.0).velocity, seen, "uniform")
+            yield Loss(self.config.pretraining * e, {"pretraining_error": e.detach()})
 
     def step(self, num_steps: int, step: int, noise: Noise) -> int:
         """m of the batch of this training step."""

@@ -8,6 +8,8 @@
     gate     g_i = n / m for the m of n samples that are doubted most, 0 for the others  GARDO
              doubt = w_i(r) - mean_k w_i(r_k) > 0,  w_i = share of the batch's other samples that it beats
 
+    zero_std_groups: drop    g_i = 0 in groups that teach nothing                         Flow-GRPO
+
 r is the reward that is trained, r_k are others that the gate names, say two cheap models of taste: samples good by r
 alone may have fooled it. g has mean 1, as in the published code, so that β keeps its meaning. ``kl`` is logged as
 it counts, g KL, and that is what a reset and a target look at.
@@ -17,13 +19,13 @@ resets · ``advantage/gated`` = m / n, with a gate · ``advantage/lambda/<reward
 """
 
 from dataclasses import replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, Self, runtime_checkable
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from rlalign.algorithms.advantages import Multipliers, winrate
+from rlalign.algorithms.advantages import Multipliers, flat, winrate
 from rlalign.algorithms.base import Algorithm
 from rlalign.policy import Policy
 from rlalign.settings import Settings
@@ -32,8 +34,8 @@ from rlalign.types import Scores
 FURTHEST = 0.2  # error of the KL beyond which a target pulls no harder
 
 
-class Penalty(Settings):
-    """The key ``penalty`` of an algorithm: more about a penalty than its weight."""
+class Anchor(Settings):
+    """The key ``reference`` of preference objectives: where the weights are that they compare the policy with."""
 
     anchor: Literal["reference", "average"] = "reference"
     """What the policy is held to: reference is what the run began with, average the policy's running average."""
@@ -41,6 +43,33 @@ class Penalty(Settings):
     """What is kept of that average in a step."""
     reset_every: int | None = Field(default=None, ge=1)
     """Steps after which the present policy becomes the reference; null: never."""
+
+    @property
+    def resets(self) -> bool:
+        return self.reset_every is not None
+
+    @property
+    def moves(self) -> bool:
+        """The anchor does not stay where the run began."""
+        return self.anchor == "average" or self.resets
+
+    @model_validator(mode="after")
+    def _one_anchor(self) -> Self:
+        if self.anchor == "average" and self.resets:
+            raise ValueError("a reset is for anchor: reference; an average follows by itself")
+        return self
+
+
+class Anchored(Settings):
+    """The key of preference objectives, whose reference need not stay where the run began."""
+
+    reference: Anchor = Anchor()
+    """What is compared with: what the run began with, that of some steps ago, or a running average."""
+
+
+class Penalty(Anchor):
+    """The key ``penalty`` of an algorithm: more about a penalty than its weight."""
+
     reset_above: float | None = Field(default=None, gt=0)
     """It does so, too, after a step whose metric `kl` is larger; null: never."""
     target: float | None = Field(default=None, gt=0)
@@ -56,17 +85,6 @@ class Penalty(Settings):
     def resets(self) -> bool:
         return self.reset_every is not None or self.reset_above is not None
 
-    @property
-    def moves(self) -> bool:
-        """The anchor does not stay where the run began."""
-        return self.anchor == "average" or self.resets
-
-    @model_validator(mode="after")
-    def _one_anchor(self) -> "Penalty":
-        if self.anchor == "average" and self.resets:
-            raise ValueError("reset_every and reset_above are for anchor: reference; an average follows by itself")
-        return self
-
 
 class Penalised(Settings):
     """The keys of algorithms with a penalty."""
@@ -75,6 +93,8 @@ class Penalised(Settings):
     """β of the penalty towards the reference; above 0 it costs one more pass of the net."""
     penalty: Penalty = Penalty()
     """What it holds on to, a target for its size, and for which samples it is (docs/concepts.md)."""
+    zero_std_groups: Literal["drop", "keep"] = "keep"
+    """Whether samples of a group that teaches nothing feel the penalty all the same."""
 
     @model_validator(mode="after")
     def _there_is_one(self) -> "Penalised":
@@ -83,9 +103,17 @@ class Penalised(Settings):
         return self
 
 
+def weight_of(algorithm: Algorithm) -> float:
+    """β as it is now; 0 for algorithms without a penalty."""
+    return algorithm.config.kl_weight if isinstance(algorithm.config, Penalised) else 0.0
+
+
 def penalty_of(algorithm: Algorithm) -> Penalty:
-    """Its settings; the defaults where it has no such keys."""
-    return algorithm.config.penalty if isinstance(algorithm.config, Penalised) else Penalty()
+    """Its settings; of a preference objective its anchor alone, and the defaults where there are no such keys."""
+    config = algorithm.config
+    if isinstance(config, Anchored):
+        return Penalty.model_validate(config.reference.model_dump())
+    return config.penalty if isinstance(config, Penalised) else Penalty()
 
 
 # --- on the learner: where the anchor is, and how strongly it holds
@@ -105,7 +133,7 @@ class Regulariser:
         """``kl`` is the step's metric, None where nothing was held. Answers what held in the step."""
         settings, metrics = self.settings, dict[str, float]()
         if settings.target:
-            metrics["kl_weight"] = weight = self._weight()
+            metrics["kl_weight"] = weight = weight_of(self.algorithm)
             if kl is not None:
                 self._hold(adapted(weight, kl, settings.target, settings.target_rate))
         if settings.anchor == "average":
@@ -121,16 +149,12 @@ class Regulariser:
     def state(self) -> dict[str, Any]:
         """For the checkpoint; the anchor itself is one of the policy's copies. Empty where nothing moves."""
         target, resets = self.settings.target is not None, self.settings.resets
-        return {**({"kl_weight": self._weight()} if target else {}), **({"age": self.age} if resets else {})}
+        return {**({"kl_weight": weight_of(self.algorithm)} if target else {}), **({"age": self.age} if resets else {})}
 
     def load(self, state: dict[str, Any]) -> None:
         self.age = state.get("age", 0)
         if "kl_weight" in state:
             self._hold(state["kl_weight"])
-
-    def _weight(self) -> float:
-        assert isinstance(self.algorithm.config, Penalised)
-        return self.algorithm.config.kl_weight
 
     def _hold(self, weight: float) -> None:
         """The algorithm goes on with settings that differ in this alone."""
@@ -158,15 +182,29 @@ class Constrained(Protocol):
 
 
 def weighed(algorithm: Algorithm, scores: Scores) -> tuple[Tensor, dict[str, float]]:
-    """Advantages [P, G] or, with a gate, the weights of both terms of the loss [P, G, 2]: (A, g); and metrics."""
+    """Advantages [P, G] or, where g is not 1, the weights of both terms of the loss [P, G, 2]: (A, g); and metrics."""
     advantages, metrics, settings = algorithm.advantages(scores), dict[str, float](), penalty_of(algorithm)
     if isinstance(algorithm, Constrained):
         metrics |= {f"advantage/lambda/{name}": value for name, value in algorithm.multipliers.values.items()}
-    if not settings.gate:
-        return advantages, metrics
-    weights = gated(doubt(scores, settings.gate), scores.valid, settings.gate_share)
-    metrics["advantage/gated"] = float((weights > 0)[scores.valid].double().mean())
-    return torch.stack([advantages, weights.to(advantages)], 2), metrics
+    weights = torch.ones_like(advantages)
+    if settings.gate:
+        weights = gated(doubt(scores, settings.gate), scores.valid, settings.gate_share).to(advantages)
+        metrics["advantage/gated"] = float((weights > 0)[scores.valid].double().mean())
+    if drops(algorithm):
+        weights = weights * teaches(scores, advantages)
+    told = settings.gate or drops(algorithm)
+    return torch.stack([advantages, weights], 2) if told else advantages, metrics
+
+
+def drops(algorithm: Algorithm) -> bool:
+    """There is a penalty, and groups that teach nothing do not feel it."""
+    config = algorithm.config
+    return isinstance(config, Penalised) and config.kl_weight > 0 and config.zero_std_groups == "drop"
+
+
+def teaches(scores: Scores, advantages: Tensor) -> Tensor:
+    """[P, 1] bool: rewards of the group differ or, were their weights moved, advantages do."""
+    return (~flat(scores.total, scores.valid) | (advantages != 0).any(1))[:, None]
 
 
 def doubt(scores: Scores, others: tuple[str, ...]) -> Tensor:

@@ -14,12 +14,11 @@ from pydantic import Field
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint  # pyright: ignore[reportUnknownVariableType]
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.prediction import Prediction, from_network
 from rlalign.mdp.solvers import SOLVERS, History
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Prompt, Scores, Trajectory
 
 RewardSum = Callable[[Tensor, Sequence[Prompt]], Tensor]
@@ -28,15 +27,13 @@ RewardSum = Callable[[Tensor, Sequence[Prompt]], Tensor]
 OVERLAY: dict[str, Any] = {"rollout": {"solver": "euler", "window": None}}
 
 
-class GradientSettings(Settings):
+class GradientSettings(UpdateSettings):
     """The keys that all of these algorithms have."""
 
     loss_scale: float = Field(default=1.0, gt=0)
     """Factor of the reward in the loss; it matters beside optimizer.max_grad_norm only."""
     checkpointing: bool = True
     """Make the graph of each step again in the backward pass instead of keeping it."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class RewardGradient(Stateless):
@@ -75,11 +72,8 @@ def denoise(
     solver, schedule = SOLVERS[policy.settings.solver], sample.schedule
     for k in range(schedule.num_steps):
         seen = x.detach() if around or k not in trained else x
-        if k in trained and checkpointing:
-            prediction: Prediction = checkpoint(predict, policy, sample, seen, k, use_reentrant=False)  # pyright: ignore[reportAssignmentType]
-        else:
-            with torch.set_grad_enabled(k in trained):
-                prediction = predict(policy, sample, seen, k)
+        with torch.set_grad_enabled(k in trained):
+            prediction = predict(policy, sample, seen, k, checkpointing and k in trained)
         if seen is not x:  # a prediction is linear in x and the net's output: this part is 0, but has x's gradient
             path = from_network(policy.family.prediction, torch.zeros_like(x), x - seen, schedule.level(k, x))
             prediction = Prediction(prediction.x0 + path.x0, prediction.eps + path.eps)
@@ -97,8 +91,15 @@ def start(policy: Policy, sample: Trajectory, noise: Noise) -> Tensor:
     return noise.normal("rollout/initial", address, 0, policy.latent_shape).to(sample.final)
 
 
-def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction:
-    """At step k of the chain."""
+def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int, checkpointing: bool) -> Prediction:
+    """At step k of the chain; with checkpointing its graph is made again in the backward pass."""
+    if checkpointing:
+        again: Any = checkpoint(_predict, policy, sample, x, k, use_reentrant=False)
+        return again
+    return _predict(policy, sample, x, k)
+
+
+def _predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction:
     time = sample.schedule.time[k].to(x.device).expand(len(x))
     level = sample.schedule.level(k, x)
     return policy.predict(x, time, level, sample.cond, sample.uncond, policy.settings.guidance_scale)

@@ -42,7 +42,7 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=False, silent_zero=config.kl_weight == 0)
+        self.needs = Needs(trajectory=False, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         return self.config.adv_scale * group_relative(scores, self.config)

@@ -51,7 +51,7 @@ class Algorithm(Stateless):
 
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.needs = Needs(trajectory=False, silent_zero=config.kl_weight == 0)
+        self.needs = Needs(trajectory=False, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         config, valid = self.config, scores.valid

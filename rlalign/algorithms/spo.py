@@ -24,16 +24,16 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from rlalign.algorithms.advantages import center
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import log_ratio, pair_loss, within
+from rlalign.algorithms.regularise import Anchored
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.settings import Settings
 from rlalign.types import Scores, Trajectory
 
 
-class Config(Settings):
+class Config(Anchored, UpdateSettings):
     """The algorithm block with ``name: spo``."""
 
     name: Literal["spo"] = "spo"
@@ -44,8 +44,6 @@ class Config(Settings):
     """ε of the ratio to the reference in each step; null: no bound."""
     min_difference: float = Field(default=0.0, ge=0)
     """Best and worst must differ by more than this in the weighted sum of rewards, or the state teaches nothing."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps a batch, each on its own share of whole groups."""
 
 
 class Algorithm(Stateless):

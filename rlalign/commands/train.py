@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
+from rlalign.algorithms.base import epochs_of
 from rlalign.build import build, make_algorithm
 from rlalign.checks import warnings
 from rlalign.commands.problems import in_preparation, in_training
@@ -114,7 +115,8 @@ def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:
     clip = getattr(config.algorithm, "clip_range", None)  # algorithms without a ratio have none
     heldout = tuple(reward.name for reward in config.rewards if reward.role == "heldout")
     clip = min(clip) if isinstance(clip, tuple) else clip
-    watch = Watch(WatchConfig(), clip, config.optimizer.eps, heldout, config.updates_per_step)
+    updates = config.updates_per_step * epochs_of(config.algorithm)
+    watch = Watch(WatchConfig(), clip, config.optimizer.eps, heldout, updates)
     sinks = make_sinks(config.reporting, current, config.tree())
     return Recorder(current, config.steps, config.checkpoint, watch, sinks, display)
 

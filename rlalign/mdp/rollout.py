@@ -52,7 +52,7 @@ def rollout(
     """
     stochastic, kept = stochastic.cpu(), kept.cpu()
     _check(x, schedule, stochastic, kept)
-    x = _rounded(x, round_to)
+    x = rounded(x, round_to)
     befores = x.new_empty(*kept.shape, *x.shape[1:])
     afters, log_probs = torch.empty_like(befores), x.new_empty(kept.shape)
     spread = _room_for_gaussians(befores) if gaussians else None
@@ -65,7 +65,7 @@ def rollout(
             gaussian, x_next, history = _step(
                 x, prediction, schedule, k, stochastic[:, k], history, kernel, solver, noise
             )
-            x_next = _rounded(x_next.detach(), round_to)
+            x_next = rounded(x_next.detach(), round_to)
             if gaussian is not None and len(rows):
                 befores[rows, slots], afters[rows, slots] = x[rows], x_next[rows]
                 scored = log_prob(gaussian, x_next)[rows]
@@ -87,6 +87,11 @@ def step_noise(noise: Noise, purpose: str, address: Tensor, at: Tensor, like: Te
         drawn = noise.normal(f"{purpose}/step", address[rows], k, tuple(like.shape[1:]))
         z[rows.to(like.device)] = drawn.to(like)
     return z
+
+
+def rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """x at that precision, in its own dtype; contiguous, as replay has it, since layouts are part of a net's bits."""
+    return (x if dtype is None else x.to(dtype).to(x.dtype)).contiguous()
 
 
 def in_micro_batches(compute: Callable[[Tensor], T], num_rows: int, micro_batch: int) -> list[tuple[T, int]]:
@@ -134,11 +139,6 @@ def _row_levels(schedule: Schedule, k: int, x: Tensor) -> tuple[Level, Level]:
     """Levels of step k, a row each [B, 1, ...], the form in which replay meets rows of different steps."""
     at = torch.full((len(x),), k)
     return schedule.level(at, x), schedule.level(at + 1, x)
-
-
-def _rounded(x: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """x at that precision, in its own dtype; contiguous, as replay has it, since layouts are part of a net's bits."""
-    return (x if dtype is None else x.to(dtype).to(x.dtype)).contiguous()
 
 
 def _check(x: Tensor, schedule: Schedule, stochastic: Tensor, kept: Tensor) -> None:

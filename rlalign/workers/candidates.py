@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlalign.mdp.noise import Noise
-from rlalign.mdp.rollout import Chain, in_micro_batches, step_noise
+from rlalign.mdp.rollout import Chain, in_micro_batches, rounded, step_noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, RolloutConfig
 from rlalign.types import Cond, Trajectory
@@ -63,7 +63,7 @@ def candidates(
     def made(rows: Tensor) -> Chain:
         states = rows // count
         gaussian, at = Gaussian(mean[states], std[states]), steps[states]
-        drawn = gaussian.sample(step_noise(noise, purpose, address[rows], at, gaussian.mean))
+        drawn = rounded(gaussian.sample(step_noise(noise, purpose, address[rows], at, gaussian.mean)), policy.stored_in)
         level, time = chains.schedule.level(at + 1, drawn), chains.schedule.time[at + 1].to(drawn.device)
         told = _repeated(cond, states), None if uncond is None else _repeated(uncond, states)
         clean = policy.predict(drawn, time, level, *told, plan.guidance_scale).x0

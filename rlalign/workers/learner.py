@@ -4,6 +4,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from rlalign import checkpoint
-from rlalign.algorithms.base import Algorithm
-from rlalign.algorithms.regularise import Regulariser
+from rlalign.algorithms.base import Algorithm, Fitting
+from rlalign.algorithms.regularise import Regulariser, weight_of
 from rlalign.checkpoint import LEARNER, Files
 from rlalign.ema import power
 from rlalign.mdp.noise import Noise
@@ -73,6 +74,7 @@ class Learner:
         ema: EmaConfig | None,
         updates_per_step: int = 1,
         group: Group | None = None,
+        epochs: int = 1,
     ) -> None:
         self.policy = policy
         self.group = group or Group()
@@ -82,7 +84,7 @@ class Learner:
         self.noise = noise
         self.config = optimizer
         self.ema = ema
-        self.updates_per_step = updates_per_step
+        self.updates_per_step, self.epochs = updates_per_step, epochs
         self.canary, self.memory, self.broadcast = Canary(policy, noise), Memory(), Broadcast()
         self.packed: list[Tensor] = []  # buckets of the last version, for the broadcast
         self.updates = 0
@@ -129,17 +131,28 @@ class Learner:
         metrics = Metrics()
         if mine.any():
             metrics.maxima["staleness"] = float(version - batch.version[mine].min())
-        for number in range(self.updates_per_step):
-            groups = (turns == number).nonzero().flatten()
-            rows = (groups[:, None] * samples + torch.arange(samples)).flatten()
-            if valid is not None:
-                rows = rows[valid.flatten()[rows]]
+        rows_of = [self._rows(turns == number, valid, samples) for number in range(self.updates_per_step)]
+        for epoch, (number, rows) in product(range(self.epochs), enumerate(rows_of)):
             total = len(rows) if totals is None else totals[number]
             if total:
-                self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=number == 0)
+                self._optimizer_step(batch, rows, total, advantages.flatten(), metrics, first=epoch == number == 0)
+        self._fit(batch, torch.cat(rows_of), advantages.flatten())
         reduced = Metrics.joined(self.group.gather(metrics)).reduced()
         moved = self.algorithm.after_step(self.policy, self.updates)
         return reduced | moved | self.regulariser.after_step(reduced.get("kl"))
+
+    def _rows(self, groups: Tensor, valid: Tensor | None, samples: int) -> Tensor:
+        """[b] the valid rows of those groups [P] bool."""
+        rows = (groups.nonzero() * samples + torch.arange(samples)).flatten()
+        return rows if valid is None else rows[valid.flatten()[rows]]
+
+    def _fit(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> None:
+        """What the algorithm learns beside the policy, from all ranks' rows."""
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            counted = self.algorithm.counted(batch.take(rows).to(self.policy.device), advantages[rows])
+            self.group.sum([counted])
+            self.algorithm.fit(counted)
 
     @torch.no_grad()
     def drift(self, trajectories: Sequence[Trajectory]) -> float:
@@ -169,7 +182,9 @@ class Learner:
     ) -> None:
         if batch.graphs:  # gradients go as far as the log-probs, and from there through what the rollout kept
             batch = replace(batch, log_probs=batch.log_probs.clone().requires_grad_())
+        visited, before = 0.0, metrics.weights["kl"]
         for micro, weight in self._passes(batch, rows, advantages):
+            visited += float(weight.sum())
             sample = batch.take(micro).to(self.policy.device)
             for loss in self.algorithm.losses(
                 self.policy, sample, advantages[micro].to(self.policy.device), self.noise
@@ -181,6 +196,8 @@ class Learner:
                     )
                 (loss.rows * weight).sum().div(total).backward(retain_graph=bool(batch.graphs))
                 metrics.add(loss.means, loss.maxima if first else {}, weight)
+        if visited:  # rows that were left out feel no penalty, which is how they count
+            metrics.weights["kl"] += (metrics.weights["kl"] - before) * (len(rows) / visited - 1)
         for graph in batch.graphs:
             assert batch.log_probs.grad is not None
             graph.log_probs.backward(batch.log_probs.grad[graph.rows, graph.slots])
@@ -205,7 +222,7 @@ class Learner:
             yield from self._whole_groups(batch, rows, advantages)
             return
         if self.algorithm.needs.silent_zero and not batch.graphs:
-            silent = advantages[rows] == 0
+            silent = self._silent(batch, rows, advantages)
             rows = torch.cat([rows[~silent], rows[silent]])
             size = self.policy.settings.micro_batch
             rows = rows[: max(size, math.ceil(int((~silent).sum()) / size) * size)]
@@ -213,10 +230,16 @@ class Learner:
         for places, real in in_micro_batches(lambda places: places, len(rows), size):
             yield rows[places], (torch.arange(size) < real).float().to(self.policy.device)
 
+    def _silent(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Tensor:
+        """[b] bool: rows of advantage 0 that no penalty holds."""
+        held = torch.full_like(advantages, weight_of(self.algorithm)) if batch.held is None else batch.held
+        return (advantages[rows] == 0) & (held[rows] == 0)
+
     def _whole_groups(self, batch: Trajectory, rows: Tensor, advantages: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """As many whole groups as fit into a micro-batch, at least one; none is padded, which would change its sums."""
-        if self.algorithm.needs.silent_zero and advantages[rows].any():
-            rows = rows[advantages[rows] != 0]
+        silent = self._silent(batch, rows, advantages)
+        if self.algorithm.needs.silent_zero and not silent.all():
+            rows = rows[~silent]
         _, sizes = batch.address[rows, :2].unique_consecutive(dim=0, return_counts=True)
         part: list[Tensor] = []
         for group in [*rows.split(sizes.tolist()), None]:
@@ -288,6 +311,9 @@ class Learner:
         self.regulariser.load(state.values.get("regulariser", {}))
         for name in ("policy", *(name for name in self.policy.copies if name != "reference")):
             self.policy.load(name, state.part(name).tensors)
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            self.algorithm.load_fitted(state.tensors["fitted/sums"])
         moments = state.part("optimizer").tensors
         for key, parameter in self.policy.parameters.items():
             mine = {name.rsplit("/", 1)[1]: t for name, t in moments.items() if name.rsplit("/", 1)[0] == key}
@@ -320,6 +346,9 @@ class Learner:
         for key, parameter in self.policy.parameters.items():
             for moment, value in self.optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{moment}"] = value
+        if self.algorithm.needs.fits:
+            assert isinstance(self.algorithm, Fitting)
+            tensors["fitted/sums"] = self.algorithm.fitted
         return tensors
 
 

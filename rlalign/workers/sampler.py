@@ -124,7 +124,7 @@ class Sampler:
         heads = address[:: plan.chain_rows if keep else 1]  # [C, 3], of the chains
         chains_each = len(heads) // len(unit.groups)
         cond, uncond = self._conditions(unit, plan)
-        schedule = policy.schedule(plan)
+        schedule = policy.schedule(plan, unit.step if keep else None)
         drawn = [draw_steps(plan, keep, self.noise, unit.step, group) for group in unit.groups]
         stochastic, kept = (torch.stack(part) for part in zip(*drawn, strict=True))
         tree: Tree | None = None

@@ -145,6 +145,13 @@ def test_passes(kl_weight: float, expected: int, monkeypatch: pytest.MonkeyPatch
 PROMPTED, UNPROMPTED = torch.tensor([1.0, 3.0]), torch.tensor([1.0, 1.0])
 
 
+def test_the_adaptive_penalty_never_turns_round():
+    """Below 1e-4, where a target may bring β_KL, all are held alike; not the worst more than the best."""
+    worst_and_best = torch.tensor([0.0, 0.5, 1.0])
+    assert (1e-3 * reward_adaptive(worst_and_best, 1e-3)).tolist() == pytest.approx([1e-4, 5.5e-4, 1e-3])
+    assert (1e-5 * reward_adaptive(worst_and_best, 1e-5)).tolist() == pytest.approx([1e-5] * 3)
+
+
 def guided(kl_guidance: float | None, guidance_scale: float = 1.0) -> tuple[Algorithm, Sampler, Learner]:
     """On a mixture whose conditions weigh its components; the policy has left the reference."""
     means, weights = [[0.0, 0.0], [2.0, 1.0]], {prompt.text: [1.0, 3.0] for prompt in PROMPTS}

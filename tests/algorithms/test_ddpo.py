@@ -6,7 +6,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlalign.algorithms.ddpo import Algorithm, Config, Tracker
+from rlalign.algorithms.baselines import Tracker
+from rlalign.algorithms.ddpo import Algorithm, Config
 from rlalign.mdp.noise import Noise
 from rlalign.types import RewardScores, Scores
 
@@ -81,5 +82,7 @@ def test_both_modes_have_one_gradient_on_fresh_samples():
 def test_the_score_function_is_refused_where_it_would_be_biased():
     with pytest.raises(ValidationError, match="updates_per_step: 1"):
         Config(mode="sf", updates_per_step=2)
+    with pytest.raises(ValidationError, match="epochs_per_step: 1"):
+        Config(mode="sf", epochs_per_step=2)
     with pytest.raises(ValidationError, match="never reached"):
         Config(buffer_size=4, min_count=5)

@@ -9,9 +9,10 @@ from torch.nn.functional import logsigmoid
 
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.dgpo import Algorithm, Config, group_weight
-from rlalign.algorithms.forward import Noised, at_times, error, group_index, velocities
+from rlalign.algorithms.forward import Noised, Ramp, at_times, error, group_index, velocities
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
+from tests import small
 
 from .chains import WEIGHT, make_policy, weight
 from .gaussians import GRID, data, gradient, moved, passes, tilted
@@ -53,6 +54,24 @@ def test_the_gradient_is_that_of_the_groups_preference(advantages: Tensor):
     truth = policy.parameters[WEIGHT].grad
     assert truth is not None
     assert torch.allclose(ours, truth.view_as(ours))
+
+
+def test_the_policy_samples_until_the_old_weights_take_over():
+    """θ_old lags from the first step on, and the clip is against it throughout; what samples turns to it at step 3."""
+    chosen = Algorithm(Config(rollouts="old", old_after=3, old_decay=Ramp(start=0.5, max=0.5)))
+    assert chosen.sample_with == "old" and chosen.config.others == ["teacher", "reference"]
+    sampler, learner = small.workers(chosen)
+    policy = learner.policy
+    lagged = {key: tensor.clone() for key, tensor in policy.weights("policy").items()}
+    for step in range(5):
+        trajectories = small.sample(sampler, step)
+        metrics = learner.update(trajectories, chosen.advantages(small.scored(trajectories)), step)
+        lagged = {key: 0.5 * old + 0.5 * policy.weights("policy")[key] for key, old in lagged.items()}
+        for key, tensor in policy.weights("old").items():
+            torch.testing.assert_close(policy.weights("teacher")[key], lagged[key])
+            assert torch.equal(tensor, policy.weights("teacher" if step >= 2 else "policy")[key])
+        assert (metrics["ratio/mean"] == 1) is (step == 0)
+    assert not torch.equal(policy.weights("old")[key], policy.weights("policy")[key])
 
 
 def test_a_group_that_is_told_apart_counts_less(advantages: Tensor):

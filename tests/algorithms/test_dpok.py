@@ -1,11 +1,14 @@
 """DPOK: the two credits of the penalty against exact gradients, and the two baselines by hand."""
 
+from types import ModuleType
+
 import pytest
 import torch
 from torch import Tensor
 
+from rlalign.algorithms import dpok, grpo
 from rlalign.algorithms.advantages import loo
-from rlalign.algorithms.dpok import Algorithm, Config, Values
+from rlalign.algorithms.dpok import Algorithm, Config
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Trajectory
@@ -63,8 +66,9 @@ def batches(policy: Policy) -> list[Trajectory]:
     return [sample(policy, ROWS, 1000 + batch) for batch in range(BATCHES)]
 
 
-def gradients(policy: Policy, credit: str, batches: list[Trajectory]) -> Tensor:
-    algorithm = Algorithm(Config.model_validate({"kl_credit": credit, "kl_weight": BETA, "clip_range": 1.0}))
+def gradients(policy: Policy, credit: str, batches: list[Trajectory], module: ModuleType = dpok) -> Tensor:
+    config = {"kl_credit": credit, "kl_weight": BETA, "clip_range": 1.0}
+    algorithm = module.Algorithm(module.Config.model_validate(config))
 
     def loss(trajectory: Trajectory) -> Tensor:
         rewards = reward(trajectory.final).reshape(-1, GROUP)
@@ -77,6 +81,12 @@ def gradients(policy: Policy, credit: str, batches: list[Trajectory]) -> Tensor:
 
 def test_to_go_is_the_gradient_of_reward_less_path_divergence(policy: Policy, truth: Tensor, batches: list[Trajectory]):
     assert off_by(gradients(policy, "to_go", batches), truth) < 3
+
+
+def test_grpo_gives_the_same_credit(policy: Policy, batches: list[Trajectory]):
+    for credit in ("to_go", "direct"):
+        both = [gradients(policy, credit, batches[:2], module) for module in (dpok, grpo)]
+        assert torch.equal(*both)
 
 
 def test_direct_is_not(policy: Policy, truth: Tensor, batches: list[Trajectory]):
@@ -103,20 +113,31 @@ def test_without_a_weight_there_is_no_reference(policy: Policy):
     assert all("kl" not in loss.means and "kl_to_go" not in loss.means for loss in losses)
 
 
-def test_the_value_of_a_prompt_follows_its_rewards():
-    values, valid = Values(rate=0.25), torch.ones(2, 2, dtype=torch.bool)
-    first = values.advantages(["a", "b"], torch.tensor([[0.0, 2.0], [4.0, 8.0]]).double(), valid)
-    assert first.tolist() == [[-2.0, 2.0], [-4.0, 4.0]]  # nothing known: the group's other sample
-    assert values.values == {"a": 1.0, "b": 6.0}
-    valid[1, 1] = False
-    second = values.advantages(["a", "b"], torch.tensor([[5.0, 5.0], [2.0, 0.0]]).double(), valid)
-    assert second.tolist() == [[4.0, 4.0], [-4.0, 0.0]]
-    assert values.values == {"a": 2.0, "b": 5.0}
+def by_baseline(policy: Policy, baseline: str, batches: list[Trajectory]) -> Tensor:
+    """Gradients with the mean reward for V(c), and the regression fitted to batches of its own."""
+    config = {"kl_credit": "to_go", "kl_weight": BETA, "clip_range": 1.0, "baseline": baseline}
+    algorithm = Algorithm(Config.model_validate(config))
+    mean = float(torch.cat([reward(batch.final) for batch in batches]).mean())
+    for batch in (sample(policy, ROWS, 5000 + number) for number in range(3)):
+        algorithm.fit(algorithm.counted(batch, reward(batch.final) - mean))
+
+    def loss(trajectory: Trajectory) -> Tensor:
+        terms = algorithm.losses(policy, trajectory, reward(trajectory.final) - mean, Noise(0))
+        return torch.stack([term.rows.mean() for term in terms]).sum() * trajectory.num_kept
+
+    return batch_gradients(policy, loss, batches)
 
 
-def test_a_prompt_twice_in_a_batch_is_judged_by_what_was_known_before_it():
-    values, valid = Values(rate=0.5), torch.ones(2, 2, dtype=torch.bool)
-    values.values = {"a": 1.0}
-    advantages = values.advantages(["a", "a"], torch.tensor([[3.0, 3.0], [0.0, 2.0]]).double(), valid)
-    assert advantages.tolist() == [[2.0, 2.0], [-1.0, 1.0]]
-    assert values.values == {"a": 1.5}
+def test_what_a_state_says_of_the_reward_is_no_part_of_the_gradient(
+    policy: Policy, truth: Tensor, batches: list[Trajectory]
+):
+    assert off_by(by_baseline(policy, "state", batches), truth) < 3
+
+
+def test_what_a_state_says_of_the_reward_is_variance_less():
+    """With little noise a state tells most of the reward; E[r | y_k] is quadratic, for which there are features."""
+    policy = make_policy(2, noise_level=0.3)
+    batches = [sample(policy, ROWS, 1000 + batch) for batch in range(20)]
+    state, value = (by_baseline(policy, baseline, batches) for baseline in ("state", "value"))
+    assert float(state.var(0).sum() / value.var(0).sum()) < 0.6
+    assert off_by(state - value, 0.0) < 3.5

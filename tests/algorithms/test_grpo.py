@@ -122,7 +122,7 @@ def test_the_penalty_is_against_the_start_and_not_in_the_logged_policy_loss(poli
     moved(policy)
     with_penalty, without = (losses(policy, trajectory, kl_weight=w)[0] for w in (10.0, 0.0))
     assert torch.equal(with_penalty.means["policy_loss"], without.means["policy_loss"])
-    assert torch.allclose(3 * (with_penalty.rows - without.rows), 10 * with_penalty.means["kl"] * (ADVANTAGES != 0))
+    assert torch.allclose(3 * (with_penalty.rows - without.rows), 10 * with_penalty.means["kl"])
     assert "kl" not in without.means
 
 
@@ -141,21 +141,13 @@ def test_under_lora_the_reference_is_the_net_without_its_adapter():
     assert all(p.grad is not None and (p.grad != 0).any() for p in parameters.values())
 
 
-def test_rows_without_advantage_are_dropped_or_kept(policy: Policy, trajectory: Trajectory):
+def test_a_row_of_average_reward_feels_the_penalty(policy: Policy, trajectory: Trajectory):
+    """Whether it does is a matter of its group, which the driver knows (regularise.weighed), not of its advantage."""
     moved(policy)
-    dropped = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="drop")[0].rows
-    kept = losses(policy, trajectory, kl_weight=1.0, zero_std_groups="keep")[0].rows
+    (term, *_) = losses(policy, trajectory, kl_weight=3.0)
     silent = ADVANTAGES == 0
-    assert (dropped[silent] == 0).all()
-    assert (kept[silent] > 0).all()
-    assert torch.equal(dropped[~silent], kept[~silent])
-
-
-def test_only_rows_that_cannot_matter_are_called_silent():
-    assert Algorithm(Config()).needs.silent_zero
-    assert Algorithm(Config(zero_std_groups="keep")).needs.silent_zero
-    assert Algorithm(Config(kl_weight=0.1)).needs.silent_zero
-    assert not Algorithm(Config(kl_weight=0.1, zero_std_groups="keep")).needs.silent_zero
+    assert (term.means["kl"][silent] > 0).all()
+    assert torch.allclose(term.rows[silent], term.means["kl"][silent])  # 3 / K, K = 3
 
 
 def test_no_reference_pass_without_a_penalty(policy: Policy, trajectory: Trajectory, monkeypatch: pytest.MonkeyPatch):
@@ -207,6 +199,60 @@ def test_a_window_never_leaves_its_range_and_keeps_its_size():
     assert (window.bounds(25), Window(size=1, range="first_half").bounds(25)) == ((0, 24), (0, 12))
     with pytest.raises(ValidationError, match="window of 3 steps does not fit"):
         small.rollout_config(num_steps=5, window={"size": 3, "range": "first_half"})
+
+
+FLASH: dict[str, Any] = {
+    **{"num_steps": 25, "shift": 3.0, "solver": "dpmpp_2m", "init_noise": "shared"},
+    "window": {"size": 4, "schedule": "progressive", "hold": 2, "compress": 0.4},
+}
+
+
+@pytest.mark.parametrize(
+    ("step", "last", "tail"),
+    [
+        (1, 3, [0.84, 0.72, 0.6, 0.48, 0.36, 0.24, 0.12, 0.0]),  # int(22 * 0.4) even points from 1 - 4/25 on
+        (4, 5, [0.76 * left / 7 for left in range(7, -1, -1)]),  # int(20 * 0.4)
+        (100, 20, [0.16, 0.0]),
+    ],
+)
+def test_the_steps_behind_a_moving_window_are_compressed(step: int, last: int, tail: list[float]):
+    """MixGRPO-Flash: the plain grid up to the window's last step, then few points; what is kept is replayed to the bit
+    and trained, and the chain that is evaluated has all its steps."""
+    sampler, learner = small.workers(Algorithm(Config()), small.rollout_config(**FLASH))
+    trajectories = small.sample(sampler, step)
+    sample = Trajectory.concat(trajectories)
+    u = torch.tensor([*(1 - k / 25 for k in range(last + 1)), *tail], dtype=torch.float64)
+    torch.testing.assert_close(sample.schedule.sigma.double(), 3 * u / (1 + 2 * u), rtol=0, atol=1e-6)
+    assert (sample.steps == torch.arange(last - 3, last + 1)).all()
+    metrics = learner.update(trajectories, torch.ones(len(small.PROMPTS), small.SAMPLES), step)
+    assert metrics["ratio/max_abs_dev"] == 0.0
+    assert len(sampler.policy.schedule(sampler.policy.settings).sigma) == 26
+
+
+def test_a_compressed_chain_costs_what_is_left_of_it(monkeypatch: pytest.MonkeyPatch):
+    passes: dict[float | None, int] = {}
+    for share in (0.4, None):
+        window = {**FLASH["window"], "compress": share}
+        sampler, _ = small.workers(Algorithm(Config()), small.rollout_config(**{**FLASH, "window": window}))
+        seen: list[int] = []
+        predict = sampler.policy.family.predict
+        monkeypatch.setattr(sampler.policy.family, "predict", lambda *args, p=predict, s=seen: s.append(1) or p(*args))
+        small.sample(sampler)
+        passes[share] = len(seen)
+    assert passes[0.4] / passes[None] == 11 / 25  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    ("window", "shift", "words"),
+    [
+        ({"schedule": "random"}, 3.0, "alike in all groups"),
+        ({}, None, "shift, 3 for instance"),
+        ({"range": (0, 22)}, 3.0, "end at 21 at most"),
+    ],
+)
+def test_a_tail_that_cannot_be_compressed_is_refused(window: dict[str, Any], shift: float | None, words: str):
+    with pytest.raises(ValidationError, match=words):
+        small.rollout_config(**{**FLASH, "window": {**FLASH["window"], **window}, "shift": shift})
 
 
 def test_published_recipes_train_all_steps_unless_they_have_a_window():

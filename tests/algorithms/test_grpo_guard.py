@@ -98,7 +98,9 @@ def test_the_penalty_is_not_weighed(chain: tuple[Policy, Trajectory]):
         assert torch.allclose(one.rows - two.rows, 0.5 * one.means["kl"] / trajectory.num_kept, atol=1e-6)
 
 
-def test_log_probs_that_are_no_densities_are_refused():
-    policy, trajectory = rolled_out(kernel="cps", cps_logprob="unscaled")
-    with pytest.raises(ValueError, match="cps_logprob: gaussian"):
-        losses(Guard(Config()), policy, trajectory)
+def test_without_the_length_of_a_step(chain: tuple[Policy, Trajectory]):
+    policy, trajectory = chain
+    tau = -trajectory.schedule.sigma.diff()
+    with_tau, without = (losses(Guard(Config(guard_div_tau=on)), policy, trajectory) for on in (True, False))
+    for slot, (one, two) in enumerate(zip(with_tau, without, strict=True)):
+        torch.testing.assert_close(one.rows * tau[trajectory.steps[:, slot]], two.rows)

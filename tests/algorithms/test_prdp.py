@@ -88,12 +88,6 @@ def test_the_bound_stops_what_would_go_on_and_lets_back():
     assert all((loss.means["clip_fraction"] > 0).all() for loss in algorithm.losses(policy, batch, far, Noise(0)))
 
 
-def test_log_probs_that_are_no_densities_are_refused():
-    policy = make_policy(dim=2, kernel="cps", cps_logprob="unscaled")
-    with pytest.raises(ValueError, match="cps_logprob: gaussian"):
-        losses(policy, sample_groups(policy, 1, SIZE, seed=0))
-
-
 # --- T7
 
 

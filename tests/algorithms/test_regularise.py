@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlalign import plugins
-from rlalign.algorithms import grpo, nft, rvm
+from rlalign.algorithms import dpo, grpo, nft, rvm
 from rlalign.algorithms.base import Algorithm
-from rlalign.algorithms.regularise import Penalised, Penalty, adapted, doubt, gated, weighed
+from rlalign.algorithms.forward import group_index
+from rlalign.algorithms.prdp import mean_over_pairs, pair_errors
+from rlalign.algorithms.regularise import Anchor, Penalised, Penalty, adapted, doubt, gated, weighed
 from rlalign.mdp.noise import Noise
 from rlalign.pipeline import Batch, deal
 from rlalign.types import Prompt, RewardScores, Scores, State, Trajectory, Unit
@@ -128,6 +130,49 @@ def test_the_anchor_holds_a_denoising_step_too():
     step(sampler, learner, 0)
     for loss in chosen.losses(learner.policy, batch(sampler), torch.ones(24), Noise(0)):
         assert (loss.means["kl"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "metric"),
+    [("dpo", "margin"), ("kto", "liked_gain"), ("d3po", "margin"), ("spo", "margin"), ("prdp", "policy_loss")],
+)
+def test_what_preferences_compare_with_moves_too(name: str, metric: str):
+    """After a reset the policy has gained nothing on the reference, as at the start of the run; else it has."""
+    module, seen = plugins.load("algorithm", name), dict[int | None, Tensor]()
+    for every in (None, 1):
+        chosen = module.Algorithm(module.Config(reference={"reset_every": every}))
+        sampler, learner = small.workers(chosen)
+        metrics = step(sampler, learner, 0)
+        assert metrics.get("anchor_age") == (None if every is None else 0)
+        trajectories = small.sample(sampler, 1)
+        advantages = chosen.advantages(small.scored(trajectories)).flatten()
+        whole = Trajectory.concat(trajectories)
+        rows = whole.take(torch.arange(whole.num_rows))
+        (first, *_) = chosen.losses(learner.policy, rows, advantages, Noise(0))
+        expected = torch.zeros_like(first.means[metric])
+        if name == "prdp":  # all of the rewards' differences is left to be explained
+            expected = mean_over_pairs(pair_errors(expected, advantages / chosen.config.beta), group_index(rows))
+        seen[every] = first.means[metric] - expected
+    assert (seen[1] == 0).all()
+    assert (seen[None] != 0).any()
+
+
+def test_a_preference_resumes_with_the_reference_that_it_had():
+    def finals(broken: bool) -> dict[str, Tensor]:
+        def start() -> tuple[Sampler, Learner]:
+            return small.workers(dpo.Algorithm(dpo.Config(reference=Anchor(reset_every=2))))
+
+        sampler, learner = start()
+        for number in range(5):
+            if broken and number == 3:
+                state = learner.state_dict()
+                sampler, learner = start()
+                learner.load_state_dict(state)
+            step(sampler, learner, number)
+        return {**learner.policy.copies["anchor"], **{f"own {k}": p.data for k, p in learner.policy.parameters.items()}}
+
+    whole, broken = finals(False), finals(True)
+    assert all(torch.equal(tensor, broken[key]) for key, tensor in whole.items())
 
 
 def errors_at_rest(mean: float, anchor: float | None) -> float:
@@ -261,6 +306,52 @@ def test_a_gate_weighs_the_penalty_and_leaves_advantages_alone():
     assert torch.equal(told[..., 0], plain) and plain.shape == (2, 3)
     assert told[..., 1].flatten().tolist() == [0, 0, 0, 2, 2, 2]
     assert metrics == {"advantage/gated": 0.5} and none == {}
+
+
+ALIKE: dict[str, list[list[float]]] = {"ocr": [[1.0, 0.0, -1.0, 0.0], [2.0, 2.0, 2.0, 2.0]]}
+
+
+def test_groups_that_teach_nothing_are_dropped_as_groups():
+    """A sample of average reward in a group that does teach is held like its like."""
+    chosen = grpo.Algorithm(grpo.Config(kl_weight=KL, advantage="center", select="top_bottom", select_count=1))
+    told, _ = weighed(chosen, scores(ALIKE))
+    assert told[..., 0].tolist() == [[1, 0, -1, 0], [0, 0, 0, 0]]
+    assert told[..., 1].tolist() == [[1, 1, 1, 1], [0, 0, 0, 0]]
+    for other in ({"zero_std_groups": "keep", "kl_weight": KL}, {"kl_weight": 0.0}):
+        told, _ = weighed(grpo.Algorithm(grpo.Config(**other)), scores(ALIKE))
+        assert told.shape == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("grpo", {"advantage": "center"}), ("dpok", {}), ("rvm", {"advantage": "loo"})]
+)
+def test_a_dropped_group_is_no_part_of_the_gradient_and_counts_nothing_in_kl(name: str, plain: dict[str, str]):
+    """As if it had not been there, but for the number of rows that everything is divided by."""
+    module = plugins.load("algorithm", name)
+
+    def moved(drop: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+        chosen = module.Algorithm(module.Config(kl_weight=1.0, zero_std_groups="drop" if drop else "keep", **plain))
+        sampler, learner = small.workers(chosen)
+        step(sampler, learner, 0)
+        trajectories = small.sample(sampler, 1)
+        rewards = small.scored(trajectories).total
+        rewards[2] = 5.0
+        rewards[1, 3] = rewards[1, 4]
+        valid = torch.ones_like(rewards, dtype=torch.bool)
+        valid[2] = drop
+        texts = tuple(prompt.text for prompt in small.PROMPTS)
+        told, _ = weighed(chosen, Scores({"first": RewardScores(rewards, valid, "train", 1.0)}, texts))
+        caught: dict[str, Tensor] = {}
+        optimizer: Any = learner.optimizer
+        optimizer.step = lambda: caught.update({k: p.grad.clone() for k, p in learner.policy.parameters.items()})
+        metrics = learner.update(trajectories, told, 1, valid=valid)
+        return caught, metrics
+
+    (dropped, seen), (subset, alone) = moved(True), moved(False)
+    for key, gradient in dropped.items():
+        assert gradient.any()
+        torch.testing.assert_close(gradient, subset[key] * 18 / 24, rtol=1e-4, atol=1e-7)
+    assert seen["kl"] == pytest.approx(alone["kl"] * 18 / 24, rel=1e-5)
 
 
 def test_the_learners_of_a_group_get_their_share_of_both():

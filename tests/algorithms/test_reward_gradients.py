@@ -1,6 +1,7 @@
 """Gradients through the sampler, on a chain whose sample is an affine function of its noise."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
@@ -121,6 +122,37 @@ def test_alignprop_truncates_anew_for_every_batch(policy: Policy, sample: Trajec
     steps = torch.tensor([50.0 - late.last_steps(50, step, NOISE) for step in range(400)])
     assert steps.mean().item() == pytest.approx(42, abs=1) and steps.std().item() == pytest.approx(5, abs=0.8)
     assert alignprop.Algorithm(alignprop.Config(truncation="fixed", last_steps=9)).last_steps(4, 0, NOISE) == 4
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_draft_lv_makes_its_graphs_again(
+    policy: Policy, sample: Trajectory, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+):
+    """The gradient is the same to the bit, for a second pass of each copy."""
+    passes: list[int] = []
+    predict = policy.family.predict
+    monkeypatch.setattr(policy.family, "predict", lambda *args: passes.append(1) or predict(*args))
+    found = gradient(draft.Algorithm(draft.Config(noised_copies=2, checkpointing=checkpointing)), policy, sample)
+    assert len(passes) == (4 if checkpointing else 2)
+    plain = gradient(draft.Algorithm(draft.Config(noised_copies=2, checkpointing=False)), policy, sample)
+    assert torch.equal(found, plain)
+
+
+def test_refl_goes_on_with_pre_training(policy: Policy, sample: Trajectory):
+    """w mean (v - u)² on the images of the batch, beside a reward that is good enough."""
+    images = torch.randn(sample.final.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    algorithm = refl.Algorithm(refl.Config(pretraining=0.3, enough=-1e9))
+    assert algorithm.needs.recorded and not refl.Algorithm(refl.Config()).needs.recorded
+    data = replace(sample, final=images)
+    t = NOISE.uniform("train/times", sample.address, 0, (1,)).double()
+    epsilon = NOISE.normal("train/noise", sample.address, 0, policy.latent_shape, torch.float64).flatten(1)
+    x0 = images.flatten(1)
+    v = policy.family.nets["velocity"]((1 - t) * x0 + t * epsilon, t.flatten(), sample.cond["log_weights"])
+    value = 0.3 * (v - (epsilon - x0)).square().mean()
+    (expected,) = torch.autograd.grad(value, policy.parameters[WEIGHT])
+    torch.testing.assert_close(
+        gradient(algorithm, policy, data), expected.view_as(weight(policy)), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_draft_lv_noises_the_sample_again(policy: Policy, sample: Trajectory):

@@ -8,8 +8,12 @@ import torch
 from torch import Tensor
 
 from rlalign.mdp.noise import Noise
+from rlalign.models import analytic
+from rlalign.models.lora import full
 from rlalign.policy import Policy, RolloutConfig, Variant, Window, draw_steps
 from rlalign.types import Cond, Prompt, Trajectory
+from rlalign.workers.sampler import Sampler
+from tests import small
 from tests.tiny import sd3_folder, sd3_policy, shaken
 
 PROMPTS = [Prompt("red cat"), Prompt("two", negative="blue"), Prompt("a dog")]
@@ -109,6 +113,24 @@ def test_a_policy_computes_in_the_precision_of_most_weights(folder: Path):
     first.data = first.data.float()
     parameters = {"all": first}
     assert Policy(family, sd3_policy(folder).settings, parameters, lora=True).dtype == torch.bfloat16
+
+
+def test_rounded_states_are_scored_as_they_are_kept():
+    """In the net's precision, before the log-prob: replay finds the same bits, and no ratio is off."""
+    trajectories: list[Trajectory] = []
+    for store in ("fp32", "model_round_first"):
+        family = analytic.Family.load(analytic.Config(means=[[0.0, 0.0]]), "", torch.bfloat16, "cpu")
+        settings = small.rollout_config(latent_store=store)
+        policy = Policy(family, settings, full(family.nets, ["velocity"]), lora=False)
+        trajectory = Trajectory.concat(small.sample(Sampler(policy, Noise(0), "policy", keep_steps=True, shares=True)))
+        micro = trajectory.take(torch.arange(settings.micro_batch))
+        for slot in range(micro.num_kept):
+            step = policy.replay(micro, slot)
+            assert torch.equal(policy.log_prob(step.gaussian, micro.x_next[:, slot]), micro.log_probs[:, slot])
+        trajectories.append(trajectory)
+    exact, rounded = (torch.stack([trajectory.x, trajectory.x_next]) for trajectory in trajectories)
+    assert exact.dtype == rounded.dtype == torch.float32
+    assert torch.equal(rounded, rounded.bfloat16().float()) and not torch.equal(exact, exact.bfloat16().float())
 
 
 def test_other_weights_give_other_log_probs(folder: Path):

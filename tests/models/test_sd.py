@@ -9,7 +9,8 @@ import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
-from rlalign.algorithms import dpo, kto, nft
+from rlalign.algorithms import crd, dpo, grpo, grpo_guard, kto, nft, ram
+from rlalign.algorithms.base import Algorithm
 from rlalign.algorithms.forward import TimeSettings, at_times, draw_times, likelihood
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -192,6 +193,56 @@ def test_nft_is_the_papers_on_clean_latents(policy: Policy, batch: Trajectory):
     rho = (SIGN / 10 + 0.5).clamp(0, 1)
     parts = rho * error(0.7 * new + 0.3 * old) + (1 - rho) * error(1.7 * old - 0.7 * new)
     torch.testing.assert_close(loss.rows.detach(), 5 * parts / 0.7, rtol=1e-4, atol=1e-5)
+
+
+def at_one_time(policy: Policy, batch: Trajectory) -> Plain:
+    """A time of the 1000 and a noise of its own for each row, as uniform times are drawn."""
+    return drawn(policy, batch, shared=False)
+
+
+def test_penalties_and_regressions_count_the_noise(policy: Policy, batch: Trajectory):
+    """mean (ε - ε')², for NFT at the rollout's own times and for RAM, whose target without advantage is v_ref."""
+    (loss,) = nft.Algorithm(nft.Config(num_times=1, kl_weight=0.1)).losses(policy, batch, SIGN, NOISE)
+    own = batch.schedule.time[:-1].long()
+    orders = [NOISE.permutation("train/times", tuple(place.tolist()), 4) for place in batch.address]
+    index = torch.stack([own[order[0]] for order in orders])
+    noise = NOISE.normal("train/noise", batch.address, 0, policy.latent_shape)
+    on_grid, plain = Plain(policy, batch, index, noise), at_one_time(policy, batch)
+    expected = (on_grid.says("policy") - on_grid.says("reference")).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.means["kl"], expected, rtol=1e-3, atol=1e-6)
+
+    (loss,) = ram.Algorithm(ram.Config(num_times=1)).losses(policy, batch, torch.zeros(ROWS), NOISE)
+    expected = (plain.says("policy") - plain.says("reference")).square().mean((1, 2, 3))
+    torch.testing.assert_close(loss.rows.detach(), expected, rtol=1e-3, atol=1e-6)
+
+
+def test_crds_normalized_error_is_that_of_the_noise(policy: Policy, batch: Trajectory):
+    policy.keep("teacher")
+    config = crd.Config(num_times=1, times="uniform", kl_weight=0.0)
+    (at,) = at_times(config, batch, NOISE)
+    plain = at_one_time(policy, batch)
+    missed = plain.says("policy") - plain.epsilon
+    expected = missed.square().mean((1, 2, 3)) / missed.abs().mean((1, 2, 3))
+    v = policy.predict_noised(batch, at.x, at.t).velocity.detach()
+    torch.testing.assert_close(crd.self_normalized_error(v, at), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [grpo_guard.Algorithm(grpo_guard.Config()), grpo.Algorithm(grpo.Config(kl_weight=0.1, kl_form="no_tau"))],
+    ids=["1/tau", "no_tau"],
+)
+def test_the_length_of_a_step_is_of_flow_models(policy: Policy, batch: Trajectory, algorithm: Algorithm):
+    """The levels of other paths are no times. Without it both are right for any model."""
+    other = Policy(policy.family, policy.settings.model_copy(update={"kernel": "ddim"}), policy.parameters, lora=True)
+    steps = torch.tensor([[1], [1], [2], [2]])
+    x = torch.randn(ROWS, 1, *policy.latent_shape, generator=torch.Generator().manual_seed(5))
+    kept = replace(batch, steps=steps, x=x, x_next=x.clone(), log_probs=torch.zeros(ROWS, 1))
+    with pytest.raises(ValueError, match="belongs to flow-matching models"):
+        list(algorithm.losses(other, kept, SIGN, NOISE))
+    config = algorithm.config.model_copy(update={"guard_div_tau": False, "kl_form": "gaussian"})
+    (loss,) = type(algorithm)(config).losses(other, kept, SIGN, NOISE)  # pyright: ignore[reportCallIssue]
+    assert loss.rows.isfinite().all()
 
 
 def test_images_are_encoded_as_diffusers_does(policy: Policy):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlalign.algorithms import ddpo, grpo
+from rlalign.algorithms import ddpo, fpo, grpo
 from rlalign.workers.learner import Diverged, EmaConfig, Learner
 from tests.small import algorithm, rollout_config, sample, scored, workers
 
@@ -67,6 +67,49 @@ def test_updates_of_a_step_take_disjoint_groups() -> None:
     assert learner.updates == 2
     assert sum(seen) >= int((advantages != 0).sum())
     assert seen[-1] == 0
+
+
+@pytest.mark.parametrize("name", ["grpo", "nft"])
+def test_a_second_pass_is_a_second_update_with_the_same_samples(name: str) -> None:
+    """Of the old weights then: what an algorithm does after a step comes once, after both."""
+
+    def trained(epochs: int) -> tuple[Learner, list[dict[str, float]]]:
+        chosen = algorithm(name, **({"old_decay": 0} if name == "nft" else {}))
+        sampler, learner = workers(chosen, epochs=epochs, updates_per_step=2, ema=EmaConfig(every=1))
+        trajectories = sample(sampler)
+        advantages = chosen.advantages(scored(trajectories))
+        after_step, cast(Any, chosen).after_step = chosen.after_step, lambda policy, updates: {}
+        metrics = [learner.update(trajectories, advantages, 0) for _ in range(2 // epochs)]
+        after_step(learner.policy, learner.updates)
+        return learner, metrics
+
+    (one, (both,)), (two, halves) = trained(epochs=2), trained(epochs=1)
+    assert one.updates == two.updates == 4
+    own, others = one.state_dict().tensors, two.state_dict().tensors
+    assert own.keys() == others.keys() and all(torch.equal(own[key], others[key]) for key in own)
+    assert both["policy_loss"] == pytest.approx((halves[0]["policy_loss"] + halves[1]["policy_loss"]) / 2)
+    if name == "grpo":
+        assert both["ratio/max_abs_dev"] == halves[0]["ratio/max_abs_dev"] == 0 < halves[1]["ratio/max_abs_dev"]
+        assert both["clip_fraction"] > 0
+
+
+def test_fpo_compares_all_its_passes_with_where_the_step_began() -> None:
+    chosen = fpo.Algorithm(fpo.Config(updates_per_step=1, epochs_per_step=3))
+    assert chosen.needs.copies == ("start",) and fpo.Algorithm(fpo.Config(updates_per_step=1)).needs.copies == ()
+    sampler, learner = workers(chosen, epochs=3)
+    began: list[bool] = []
+    losses, start = chosen.losses, {key: p.detach().clone() for key, p in learner.policy.parameters.items()}
+
+    def watched(policy: Any, *given: Any) -> Any:
+        began.append(all(torch.equal(policy.copies["start"][key], tensor) for key, tensor in start.items()))
+        return losses(policy, *given)
+
+    cast(Any, chosen).losses = watched
+    trajectories = sample(sampler)
+    metrics = learner.update(trajectories, chosen.advantages(scored(trajectories)), 0)
+    assert learner.updates == 3 and all(began)
+    assert metrics["ratio/max_abs_dev"] == 0 and metrics["ratio/mean"] != 1
+    assert all(torch.equal(learner.policy.copies["start"][key], p) for key, p in learner.policy.parameters.items())
 
 
 def test_rows_without_signal_go_unvisited_and_leave_no_gradient() -> None:

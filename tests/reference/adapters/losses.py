@@ -10,7 +10,7 @@ from torch import Tensor
 from rlalign import ema
 from rlalign.algorithms import advantages as adv
 from rlalign.algorithms.advantages import Std
-from rlalign.algorithms.ddpo import Tracker
+from rlalign.algorithms.baselines import Tracker
 from rlalign.algorithms.losses import KlForm, clipped_policy_loss, divergence, ratio
 from rlalign.algorithms.nft import AdvantageMode, Config, branch_losses, optimality
 from rlalign.mdp.prediction import Prediction, from_network
