@@ -28,8 +28,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from rlalign.algorithms.base import Stateless
 from rlalign.settings import Settings
-from rlalign.types import Scores
+from rlalign.types import Scores, State
 
 AdvantageKind = Literal["center", "loo", "group_std", "global_std", "batch", "gdpo", "advantage_aggr"]
 
@@ -71,6 +72,10 @@ class AdvantageSettings(Settings):
     """Samples of a group that keep their advantage: all, the best and the worst, or those on the Pareto front."""
     select_count: int = Field(default=4, ge=1)
     """How many best and how many worst top_bottom selects."""
+    constraints: dict[str, float] = Field(default_factory=dict[str, float])
+    """Rewards by name that are to reach a mean and no more; their weights are found in training."""
+    constraint_rate: float = Field(default=0.1, gt=0)
+    """What such a weight grows by a step where the mean is 1 short of its bound."""
 
 
 def group_relative(scores: Scores, settings: AdvantageSettings) -> Tensor:
@@ -128,6 +133,25 @@ class Multipliers:
             for name, reward in scores.training.items()
         }
         return replace(scores, rewards={**scores.rewards, **training})
+
+
+class GroupRelative(Stateless):
+    """Of an algorithm with group-relative advantages: it makes them, and remembers the weights of constraints."""
+
+    def __init__(self, config: AdvantageSettings) -> None:
+        self.multipliers = Multipliers(config.constraints, config.constraint_rate)
+        self._made_by = config
+
+    def advantages(self, scores: Scores) -> Tensor:
+        told = self.multipliers.weighted(scores) if self.multipliers.bounds else scores
+        return group_relative(told, self._made_by)
+
+    def state_dict(self) -> State:
+        return State(values={"multipliers": dict(self.multipliers.values)} if self.multipliers.bounds else {})
+
+    def load_state_dict(self, state: State) -> None:
+        held = state.values.get("multipliers", {})
+        self.multipliers.values |= {name: held[name] for name in self.multipliers.bounds if name in held}
 
 
 def moments(values: Tensor, counted: Tensor, dims: list[int], unbiased: bool = False) -> tuple[Tensor, Tensor]:

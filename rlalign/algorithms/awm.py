@@ -19,8 +19,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith
 from rlalign.algorithms.forward import Look, Ramp, RatioSettings, Weighting, look
 from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
 from rlalign.mdp.noise import Noise
@@ -58,10 +58,11 @@ class Config(RatioSettings):
 PENALTIES: dict[Variant, str] = {"reference": "kl", "teacher": "teacher"}
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         starts: tuple[Copy, ...] = () if config.single else ("start",)
         teachers: tuple[Copy, ...] = ("teacher",) if config.teacher_weight > 0 else ()
@@ -70,7 +71,7 @@ class Algorithm(Stateless):
     def advantages(self, scores: Scores) -> Tensor:
         config = self.config
         scale = 1.0 if config.adv_max is None else config.adv_max / config.adv_clip
-        return group_relative(scores, config) * scale
+        return super().advantages(scores) * scale
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         others: list[Variant] = [self.config.began_with, *self.config.anchors]

@@ -23,8 +23,8 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import (
     GUARD,
     ForwardSettings,
@@ -41,7 +41,7 @@ from rlalign.algorithms.forward import (
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 Form = Literal["square", "cross_entropy"]
 FLOOR = 1e-4  # of the reward-adaptive penalty's weight
@@ -105,16 +105,14 @@ def reward_adaptive(targets: Tensor, kl_weight: float) -> Tensor:
     return floor + targets * (1 - floor)
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "old"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         guided = config.kl_guidance is not None and config.kl_weight > 0
         self.needs = Needs(trajectory=False, copies=("old", "teacher"), whole_groups=True, uncond=guided)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         config, group = self.config, group_index(sample)

@@ -21,7 +21,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import (
     Pairs,
@@ -54,15 +55,16 @@ class Config(PairSettings):
     """ε of the ratio to the reference in each step; null: no bound."""
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     needs = Needs(trajectory=True, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
 
     def advantages(self, scores: Scores) -> Tensor:
-        return marks_of(scores, self.config)
+        return marks_of(super().advantages(scores), scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         pairs, reduction = pairs_of(sample, advantages), policy.settings.logprob_reduction

@@ -20,8 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith, Stateless, lag
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Copy, Loss, Needs, SampleWith, lag
 from rlalign.algorithms.forward import (
     ForwardSettings,
     Noised,
@@ -36,7 +36,7 @@ from rlalign.algorithms.forward import (
 )
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 
 class Config(ForwardSettings):
@@ -86,16 +86,14 @@ def group_weight(gained: Tensor, advantages: Tensor, group: Tensor, beta: float)
     return (beta * group_mean(advantages * gained.detach(), group)).sigmoid()
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         self.sample_with: SampleWith = config.rollouts
         lags = config.lagged in config.others or config.rollouts == "old"
         copies: tuple[Copy, ...] = ("teacher", "old") if config.lagged == "teacher" else ("old",) if lags else ()
         self.needs = Needs(trajectory=False, copies=copies, whole_groups=True)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         group = group_index(sample)

@@ -20,7 +20,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import Noised, TimeSettings, Weighting, at_times, likelihood, velocities
 from rlalign.algorithms.pairs import PairLoss, Pairs, PairSettings, margin_metrics, marks_of, pair_loss, pairs_of
 from rlalign.mdp.noise import Noise
@@ -57,15 +58,16 @@ def levels_above(sample: Trajectory, t: Tensor) -> Tensor:
     return (sample.schedule.flow_grid.to(t) > t[:, None]).sum(1)
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     needs = Needs(trajectory=False, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
 
     def advantages(self, scores: Scores) -> Tensor:
-        return marks_of(scores, self.config)
+        return marks_of(super().advantages(scores), scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         pairs = pairs_of(sample, advantages)

@@ -23,14 +23,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith, lag
 from rlalign.algorithms.forward import Look, Ramp, RatioSettings, Weighting, beyond, look
 from rlalign.algorithms.losses import ratio_means
 from rlalign.algorithms.regularise import held
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 Objective = Literal["epg", "pepg", "par"]
 KlForm = Literal["girsanov", "k1", "k2", "k3"]
@@ -74,15 +74,13 @@ def kl_estimate(form: Literal["k1", "k2", "k3"], q: Tensor) -> Tensor:
     return {"k1": q, "k2": q.square() / 2, "k3": (-q).exp() - 1 + q}[form]
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         self.sample_with: SampleWith = "old" if config.old == "old" else "policy"
         copies = () if config.old == "policy" else ("old",) if config.old == "old" else ("start",)
         self.needs = Needs(trajectory=False, copies=copies, silent_zero=config.objective == "epg")
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         config = self.config

@@ -18,14 +18,14 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
+from rlalign.algorithms.advantages import AdvantageSettings, GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.losses import KlForm, divergence, fixed_step, kept_step, ratio, trusted
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, Step
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 
 class Config(AdvantageSettings, Penalised, UpdateSettings):
@@ -43,16 +43,14 @@ class Config(AdvantageSettings, Penalised, UpdateSettings):
     """Optimizer steps of a pass over the batch, each on its own share of whole groups."""
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         compares = config.kl_weight > 0 and config.kl_form == "gaussian"
         self.needs = Needs(trajectory=True, silent_zero=True, densities=compares, exact_states=True)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         for slot in range(sample.num_kept):

@@ -15,13 +15,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import RatioSettings, look
 from rlalign.algorithms.losses import clipped_policy_loss, ratio, ratio_means
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 
 class Config(RatioSettings):
@@ -41,16 +41,14 @@ class Config(RatioSettings):
     """Optimizer steps of a pass over the batch, each on its own share of groups; with one in all the ratio is 1."""
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         copies = () if config.single else ("start",)
         self.needs = Needs(trajectory=False, copies=copies, silent_zero=True)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         config, epsilon = self.config, self.config.clip_range

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import AdvantageSettings, Multipliers, group_relative
+from rlalign.algorithms.advantages import AdvantageSettings, GroupRelative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.grpo_presets import PRESETS as PRESETS
 from rlalign.algorithms.losses import (
@@ -38,7 +38,7 @@ from rlalign.algorithms.losses import (
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Step
-from rlalign.types import Scores, State, Trajectory
+from rlalign.types import Trajectory
 
 Range = Annotated[float, Field(gt=0, le=1)]
 
@@ -60,27 +60,20 @@ class Config(AdvantageSettings, Penalised, UpdateSettings):
     """w of a step: tempflow grows with its noise, flash makes all gradients equally long; mean 1 over the steps."""
     zero_std_groups: Literal["drop", "keep"] = "drop"
     """Whether samples of a group that teaches nothing feel the penalty all the same."""
-    constraints: dict[str, float] = Field(default_factory=dict[str, float])
-    """Rewards by name that are to reach a mean and no more; their weights are found in training."""
-    constraint_rate: float = Field(default=0.1, gt=0)
-    """What such a weight grows by a step where the mean is 1 short of its bound."""
 
     @property
     def clip(self) -> tuple[float, float]:
         return self.clip_range if isinstance(self.clip_range, tuple) else (self.clip_range, self.clip_range)
 
 
-class Algorithm:
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
-        self.multipliers = Multipliers(config.constraints, config.constraint_rate)
         free, compares = config.kl_weight == 0, config.kl_weight > 0 and config.kl_form == "gaussian"
         self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=free, densities=compares)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(self.multipliers.weighted(scores) if self.config.constraints else scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         weights = step_weights(self.config.step_weight, policy, sample)
@@ -107,16 +100,6 @@ class Algorithm:
         if step is not None and reference is not None:
             kl = divergence(self.config.kl_form, step, reference, policy.settings.logprob_reduction)
         return kept_step(sample, policy_loss, rho, ratio_means(rho, low, high), kl, self.config.kl_weight)
-
-    def after_step(self, policy: Policy, updates: int) -> dict[str, float]:
-        return {}
-
-    def state_dict(self) -> State:
-        return State(values={"multipliers": dict(self.multipliers.values)})
-
-    def load_state_dict(self, state: State) -> None:
-        held = state.values.get("multipliers", {})
-        self.multipliers.values |= {name: held[name] for name in self.config.constraints if name in held}
 
 
 OVERLAY: dict[str, Any] = {

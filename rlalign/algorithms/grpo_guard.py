@@ -17,8 +17,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import AdvantageKind, AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
+from rlalign.algorithms.advantages import AdvantageKind, AdvantageSettings, GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.losses import (
     KlForm,
     clipped_policy_loss,
@@ -33,7 +33,7 @@ from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy, Step
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 
 class Config(AdvantageSettings, Penalised, UpdateSettings):
@@ -53,15 +53,13 @@ class Config(AdvantageSettings, Penalised, UpdateSettings):
     """gaussian is the true divergence."""
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         self.needs = Needs(trajectory=True, silent_zero=True, densities=True, exact_states=True)
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         for slot in range(sample.num_kept):

@@ -20,8 +20,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import (
     Noised,
     TimeSettings,
@@ -74,17 +74,18 @@ def kto_loss(gain: Tensor, sign: Tensor, group: Tensor, beta: float) -> tuple[Te
     return (1 - torch.sigmoid(sign * beta * (gain - z))) * sign.abs(), z
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     needs = Needs(trajectory=False, silent_zero=True, whole_groups=True)
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
 
     def advantages(self, scores: Scores) -> Tensor:
         if self.config.liked == "positive":
             return torch.where(scores.valid, (scores.total > 0).to(scores.total) * 2 - 1, 0)
-        values = group_relative(scores, self.config)
+        values = super().advantages(scores)
         counted = scores.valid if self.config.select == "all" else scores.valid & (values != 0)
         return thumbs(values, counted, self.config.liked == "above_median")
 

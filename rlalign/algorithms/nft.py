@@ -22,14 +22,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import AdvantageSettings, group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, UpdateSettings
+from rlalign.algorithms.advantages import AdvantageSettings, GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.forward import Noised, Ramp, fixed_velocity, noised, penalty, velocity
 from rlalign.algorithms.losses import mean_square
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 AdvantageMode = Literal["all", "positive_only", "negative_only", "one_only", "binary"]
 Weighting = Literal["adaptive", "uniform"]  # of the clean latent's error, not of the velocity's
@@ -92,15 +92,13 @@ def branch_losses(
     return error(positive), error(negative)
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     needs = Needs(trajectory=False, copies=("old",))
     sample_with: SampleWith = "old"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         rho = optimality(advantages, self.config.adv_clip, self.config.adv_mode)

@@ -19,13 +19,13 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless, lag
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith, lag
 from rlalign.algorithms.forward import ForwardSettings, Ramp, TimeWeighting, at_times, distance, penalty, velocities
 from rlalign.algorithms.losses import mean_square
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
-from rlalign.types import Scores, Trajectory
+from rlalign.types import Trajectory
 
 
 class Config(ForwardSettings):
@@ -53,15 +53,13 @@ def target(v_ref: Tensor, v_baseline: Tensor, u: Tensor, advantages: Tensor, kap
     return v_ref + kappa * wide * (u - v_baseline)
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         lagged = config.baseline == "old"
         self.sample_with: SampleWith = "old" if lagged else "policy"
         self.needs = Needs(trajectory=False, copies=("old",) if lagged else ())
-
-    def advantages(self, scores: Scores) -> Tensor:
-        return group_relative(scores, self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         config, others = self.config, list[Variant](["reference", self.config.baseline])

@@ -18,8 +18,8 @@ from typing import Any, Literal
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import ForwardSettings, regression
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -37,15 +37,16 @@ class Config(ForwardSettings):
     """grid: the rollout's own levels, in each row's order; else one of T strata of (0, 1) each, shifted."""
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         self.needs = Needs(trajectory=False, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
-        return self.config.adv_scale * group_relative(scores, self.config)
+        return self.config.adv_scale * super().advantages(scores)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         yield from regression(policy, sample, advantages, noise, self.config)

@@ -18,8 +18,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from rlalign.algorithms.advantages import group_relative
-from rlalign.algorithms.base import Loss, Needs, SampleWith, Stateless
+from rlalign.algorithms.advantages import GroupRelative
+from rlalign.algorithms.base import Loss, Needs, SampleWith
 from rlalign.algorithms.forward import ForwardSettings, regression
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -46,16 +46,17 @@ def group_softmax(values: Tensor, valid: Tensor, temperature: float) -> Tensor:
     return shares * valid.sum(1, keepdim=True) / shares.sum(1, keepdim=True).clamp(min=1e-30)
 
 
-class Algorithm(Stateless):
+class Algorithm(GroupRelative):
     sample_with: SampleWith = "policy"
 
     def __init__(self, config: Config) -> None:
+        super().__init__(config)
         self.config = config
         self.needs = Needs(trajectory=False, silent_zero=True)
 
     def advantages(self, scores: Scores) -> Tensor:
         config, valid = self.config, scores.valid
-        values = group_relative(scores, config) if config.of == "advantage" else scores.total
+        values = super().advantages(scores) if config.of == "advantage" else scores.total
         values = torch.where(valid, values.double(), 0)
         if config.weights == "softmax":
             return group_softmax(values, valid, config.temperature).float()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlalign import plugins
 from rlalign.algorithms.advantages import (
     AdvantageSettings,
+    GroupRelative,
     Multipliers,
     Std,
     advantage_aggr,
@@ -284,3 +286,31 @@ def test_a_reward_of_weight_0_is_not_on_the_pareto_front():
 
     assert kept(0.0) == [False, False, True]
     assert kept(0.1) == [True, False, True]
+
+
+RELATIVE = [
+    name for name in plugins.names("algorithm") if issubclass(plugins.load("algorithm", name).Algorithm, GroupRelative)
+]
+
+
+@pytest.mark.parametrize("name", RELATIVE)
+def test_every_group_relative_algorithm_finds_and_keeps_weights_of_constraints(name: str):
+    """λ = 3 after one step: the totals (liked + 3 legible) / 4 are 1.5, 0.25, 1.25, and the first sample the best."""
+    ok, module = torch.ones(1, 3, dtype=torch.bool), plugins.load("algorithm", name)
+    values = {"liked": torch.tensor([[0.0, 1.0, 2.0]]), "legible": torch.tensor([[2.0, 0.0, 1.0]])}
+    scores = Scores({key: RewardScores(r, ok, "train", 1.0) for key, r in values.items()})
+    config = module.Config(advantage="center", constraints={"legible": 4.0}, constraint_rate=1.0)
+    algorithm, free = module.Algorithm(config), module.Algorithm(module.Config(advantage="center"))
+    found = algorithm.advantages(scores)[0]
+    assert found.argmax() == 0 and free.advantages(scores)[0].argmax() == 2  # 2, 1 and 3 in all
+    if name == "grpo":
+        assert found.tolist() == pytest.approx([0.5, -0.75, 0.25])
+    again = module.Algorithm(config)
+    again.load_state_dict(algorithm.state_dict())
+    assert again.multipliers.values == {"legible": 3.0}
+    assert torch.equal(again.advantages(scores), algorithm.advantages(scores))
+    assert not free.state_dict().values
+
+
+def test_group_relative_algorithms_are_most():
+    assert {"grpo", "nft", "awm", "dpo", "kto", "rwr", "flow_dppo"} <= {*RELATIVE} and len(RELATIVE) >= 15

@@ -14,7 +14,7 @@ from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig, attach
 from rlalign.policy import Policy, Window, draw_steps
 from rlalign.runfile import merged
-from rlalign.types import RewardScores, Scores, Trajectory
+from rlalign.types import Trajectory
 from tests import small
 
 from .chains import WEIGHT, make_policy, sample, weight
@@ -259,16 +259,3 @@ def test_published_recipes_train_all_steps_unless_they_have_a_window():
     for name in ("flow_grpo_sd35", "flow_grpo_flux", "dance_flux", "dance_grpo"):
         assert merged(OVERLAY, PRESETS[name])["rollout"]["window"] is None
     assert merged(OVERLAY, PRESETS["mix_grpo"])["rollout"]["window"]["schedule"] == "progressive"
-
-
-def test_a_constraint_and_its_state():
-    ok = torch.ones(1, 3, dtype=torch.bool)
-    values = {"liked": torch.tensor([[0.0, 1.0, 2.0]]), "legible": torch.tensor([[2.0, 0.0, 1.0]])}
-    scores = Scores({name: RewardScores(r, ok, "train", 1.0) for name, r in values.items()})
-    algorithm = Algorithm(Config(advantage="center", constraints={"legible": 4.0}, constraint_rate=1.0))
-    expected = torch.tensor([[0.5, -0.75, 0.25]])  # λ = 3: totals (liked + 3 legible) / 4 = 1.5, 0.25, 1.25
-    assert torch.allclose(algorithm.advantages(scores), expected)
-    again = Algorithm(algorithm.config)
-    again.load_state_dict(algorithm.state_dict())
-    assert again.multipliers.values == {"legible": 3.0}
-    assert torch.equal(again.advantages(scores), algorithm.advantages(scores))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlalign.algorithms.advantages import group_relative
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import (
@@ -22,7 +23,7 @@ from rlalign.algorithms.pairs import (
 )
 from rlalign.mdp.transition import Gaussian
 from rlalign.policy import Policy
-from rlalign.types import Trajectory
+from rlalign.types import Scores, Trajectory
 
 from .chains import make_policy, weight
 from .preferences import gradient, sample_groups, scores_of
@@ -49,18 +50,22 @@ def test_invalid_samples_are_never_in_a_pair():
     assert marks(VALUES, valid, "ranked").tolist() == [[2, -1, 1, -2, 0], [0] * 5, [0] * 5]
 
 
+def marked(scores: Scores, settings: PairSettings) -> list[list[float]]:
+    return marks_of(group_relative(scores, settings), scores, settings).tolist()
+
+
 def test_only_unanimous_pairs():
     other = torch.tensor([[0.0, 0.2, 0.1, 0.05, 0.1]])  # says that the worst beats the best
     scores = scores_of(VALUES[:1], other)
-    assert marks_of(scores, PairSettings(pairs="ranked")).tolist() == [[0, -1, 2, -2, 1]]
-    assert marks_of(scores, PairSettings(pairs="ranked", unanimous=True)).tolist() == [[0, 0, 2, -2, 0]]
+    assert marked(scores, PairSettings(pairs="ranked")) == [[0, -1, 2, -2, 1]]
+    assert marked(scores, PairSettings(pairs="ranked", unanimous=True)) == [[0, 0, 2, -2, 0]]
 
 
 def test_samples_that_are_not_selected_make_no_pairs():
     one, two = torch.tensor([[3.0, 0.0, 1.0, 0.5]]), torch.tensor([[0.0, 2.0, 0.5, 0.25]])  # the last is dominated
     scores = scores_of(one, two)
-    assert marks_of(scores, PairSettings(pairs="best_worst")).tolist() == [[1, 0, 0, -1]]
-    assert marks_of(scores, PairSettings(select="pareto")).tolist() == [[1, 0, -1, 0]]
+    assert marked(scores, PairSettings(pairs="best_worst")) == [[1, 0, 0, -1]]
+    assert marked(scores, PairSettings(select="pareto")) == [[1, 0, -1, 0]]
 
 
 GROUP = torch.tensor([0, 0, 0, 1, 1, 2, 2])
