@@ -23,6 +23,7 @@ from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
 from rlalign.models.base import classifier_free_guidance
 from rlalign.models.lora import LoraConfig
+from rlalign.models.memory import MemoryConfig
 from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
 from rlalign.reporting.glossary import METRICS
@@ -39,6 +40,7 @@ BLOCKS: dict[str, type[BaseModel]] = {
     "run": RunConfig,
     "model": ModelConfig,
     "lora": LoraConfig,
+    "memory": MemoryConfig,
     "sd3": sd3.Config,
     "prompts": PromptsConfig,
     "rollout": RolloutConfig,

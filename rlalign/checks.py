@@ -39,6 +39,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)
+    yield from _no_journey(config, needs.reward_gradient)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
     if on_grid and times is not None and times > rollout.num_steps:
@@ -85,6 +86,23 @@ def _no_graph(config: "RunConfig") -> Iterator[str]:
         yield (
             "rollout.retain needs sampler and learner in one process and one update a step: set runtime.kind: local, "
             "runtime.samplers: 1, runtime.max_staleness: 0 and algorithm.updates_per_step: 1, or leave it out"
+        )
+    if config.model.memory.gradient_checkpointing:
+        yield "rollout.retain keeps what model.memory.gradient_checkpointing throws away; leave one of them out"
+
+
+def _no_journey(config: "RunConfig", differentiated: bool) -> Iterator[str]:
+    """A part that waits on the CPU is fetched by one worker, and gone when a backward pass comes by."""
+    offload, runtime = config.model.memory.offload, config.runtime
+    if "vae" in offload and differentiated:
+        yield (
+            f"model.memory.offload has the vae, but {config.algorithm.name} needs it in the backward pass of its "
+            "rewards; leave the vae out"
+        )
+    if offload and runtime.kind == "local" and (runtime.samplers > 1 or runtime.max_staleness):
+        yield (
+            "model.memory.offload moves parts for one worker at a time: set runtime.samplers: 1 and "
+            "runtime.max_staleness: 0, or runtime.kind: ray"
         )
 
 

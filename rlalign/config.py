@@ -23,6 +23,7 @@ from rlalign.confighash import hash_of, hashed_part
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models.base import EncodesImages
 from rlalign.models.lora import LoraConfig
+from rlalign.models.memory import MemoryConfig
 from rlalign.overlays import ALGORITHM_NAME, choose, plugin
 from rlalign.paths import anchored, own_overrides, spelled_out
 from rlalign.policy import RolloutConfig
@@ -50,6 +51,8 @@ class ModelConfig(Settings):
     """Low-rank adapters; null trains all weights."""
     train: list[str] | None = Field(default=None, min_length=1)
     """Names of the nets to train; null: the family's first."""
+    memory: MemoryConfig = MemoryConfig()
+    """How a large model fits onto a GPU."""
 
 
 class PromptsConfig(Settings):

@@ -5,7 +5,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-OPERATIONAL = ("steps", "checkpoint", "reporting", "runtime")
+OPERATIONAL = (
+    *("steps", "checkpoint", "reporting", "runtime"),
+    *("model.memory.gradient_checkpointing", "model.memory.offload", "model.memory.embeddings"),
+)
 """Blocks and keys that do not decide the numbers ..."""
 NUMERIC = ("runtime.threads_per_worker", "runtime.max_staleness", "runtime.learners")
 """... but for these: they change the last bits, the weights that sample, or the order of a sum."""
@@ -15,7 +18,11 @@ RESHAPES = ("runtime.learners",)
 
 def hashed_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """What decides the numbers, as flat dotted keys: everything but ``OPERATIONAL``, plus ``NUMERIC``."""
-    return {key: value for key, value in flat(config) if key in NUMERIC or key.split(".")[0] not in OPERATIONAL}
+    return {key: value for key, value in flat(config) if key in NUMERIC or not _operational(key)}
+
+
+def _operational(key: str) -> bool:
+    return any(f"{key}.".startswith(f"{one}.") for one in OPERATIONAL)
 
 
 def hash_of(hashed: Mapping[str, Any]) -> str:

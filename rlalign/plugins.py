@@ -21,6 +21,8 @@ NOT_PLUGINS = {
     "images",
     "conventions",
     "agreement",
+    "memory",
+    "embeddings",
     "advantages",
     "losses",
     "forward",

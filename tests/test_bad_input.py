@@ -86,6 +86,28 @@ SETTINGS = [
         ("train", "run.yaml", "rollout.retain=true", "algorithm=nft"),
         ("rollout.retain is for algorithms",),
     ),
+    Case(
+        "parts for several workers at a time",
+        ("train", "run.yaml", "model.memory.offload=[vae]", "runtime.samplers=2"),
+        ("model.memory.offload", "runtime.samplers: 1", "runtime.kind: ray"),
+    ),
+    Case(
+        "a part that a backward pass needs",
+        ("train", "run.yaml", "model.memory.offload=[vae]", "algorithm=draft"),
+        ("model.memory.offload has the vae", "draft", "leave the vae out"),
+    ),
+    Case(
+        "activations that are both kept and made again",
+        ("train", "run.yaml", "rollout.retain=true", "model.memory.gradient_checkpointing=true"),
+        ("rollout.retain keeps", "model.memory.gradient_checkpointing"),
+    ),
+    train(
+        "checkpointing of a net without it",
+        "model.memory.gradient_checkpointing=true",
+        "model.memory.gradient_checkpointing: the net velocity of this model cannot do that; leave it out",
+    ),
+    train("embeddings of no pipeline", "model.memory.embeddings=kept", "model.memory.embeddings", "no pipeline"),
+    train("a part that is none", "model.memory.offload=[unet]", "model.memory.offload", "'unet'", "text_encoders"),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),
     train("text for a number", "rollout.num_steps=ten", "rollout.num_steps is 'ten'", "a whole number"),
     train("fraction for a count", "rollout.num_steps=2.5", "rollout.num_steps is 2.5", "a whole number"),

@@ -170,7 +170,11 @@ def test_the_resolved_config_reads_back_as_the_same(run: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "same", ["steps=7", "checkpoint.every=3", "runtime.samplers=4", "runtime.scorers=2", "reporting.tensorboard=true"]
+    "same",
+    [
+        *("steps=7", "checkpoint.every=3", "runtime.samplers=4", "runtime.scorers=2", "reporting.tensorboard=true"),
+        *("model.memory.gradient_checkpointing=true", "model.memory.offload=[vae]", "model.memory.embeddings=kept"),
+    ],
 )
 def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
     assert load(run, [same]).config_hash == load(run).config_hash
@@ -178,7 +182,8 @@ def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
 
 @pytest.mark.parametrize(
     "other",
-    ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"],
+    ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"]
+    + ["model.memory.vae_tiling=true", "model.memory.attention=native"],
 )
 def test_the_hash_sees_what_moves_the_numbers(run: Path, other: str):
     assert load(run, [other]).config_hash != load(run).config_hash
