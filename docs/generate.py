@@ -33,7 +33,8 @@ from rlalign.runtime.telemetry import EXPORTED, prometheus_name
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
 from rlalign.serving.config import ServeConfig
-from rlalign.workers.learner import EmaConfig, OptimizerConfig
+from rlalign.workers.learner import EmaConfig
+from rlalign.workers.optimizer import OptimizerConfig
 
 DOCS = Path(__file__).parent
 BLOCKS: dict[str, type[BaseModel]] = {

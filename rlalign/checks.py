@@ -40,6 +40,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     if rollout.retain:
         yield from _no_graph(config)
     yield from _no_journey(config, needs.reward_gradient)
+    yield from _no_step(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
     if on_grid and times is not None and times > rollout.num_steps:
@@ -106,6 +107,22 @@ def _no_journey(config: "RunConfig", differentiated: bool) -> Iterator[str]:
         )
 
 
+def _no_step(config: "RunConfig") -> Iterator[str]:
+    """What an optimizer cannot make of all weights."""
+    if config.model.lora is not None:
+        return
+    if config.model.dtype == "float16":
+        yield (
+            "model.dtype is float16 and model.lora null: without loss scaling, gradients of float16 weights are mostly "
+            "0; set model.dtype to bfloat16 or float32, or train LoRA"
+        )
+    if config.optimizer.kind == "adamw8bit" and config.runtime.learners > 1:
+        yield (
+            "optimizer.kind adamw8bit cannot step weights that are cut into parts, as those of several learners are "
+            "when model.lora is null; set runtime.learners to 1, optimizer.kind to adamw, or train LoRA"
+        )
+
+
 def warnings(config: "RunConfig") -> list[str]:
     """One sentence for each setting that works but is probably not meant."""
     return [*_doubts(config)]
@@ -117,6 +134,14 @@ def _doubts(config: "RunConfig") -> Iterator[str]:
     if not low <= config.optimizer.lr <= high:
         kind = "LoRA" if config.model.lora else "full fine-tuning"
         yield f"optimizer.lr {config.optimizer.lr:g} is outside {low:g} to {high:g}, where {kind} is known to work"
+    if config.model.dtype == "float16":
+        yield "model.dtype float16 comes without loss scaling: small gradients on their way through the net are 0"
+    copies = [*(["ema"] if config.ema else []), *config.algorithm_module.Algorithm(config.algorithm).needs.copies]
+    if config.model.dtype == "bfloat16" and config.model.lora is None and copies:
+        yield (
+            f"full fine-tuning in bfloat16 averages its {' and '.join(copies)} weights in bfloat16, which swallows "
+            "changes below 1/256 of a weight; use LoRA or float32 where the average decays slowly"
+        )
     if rollout.samples_per_prompt < SMALL_GROUP and rollout.source == "samples":
         yield f"groups of {rollout.samples_per_prompt} give noisy advantages; {SMALL_GROUP} or more are usual"
     images = rollout.prompts_per_step * rollout.samples_per_prompt

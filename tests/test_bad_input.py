@@ -106,6 +106,12 @@ SETTINGS = [
         "model.memory.gradient_checkpointing=true",
         "model.memory.gradient_checkpointing: the net velocity of this model cannot do that; leave it out",
     ),
+    train("gradients that are 0", "model.dtype=float16", "model.dtype is float16", "loss scaling", "bfloat16"),
+    Case(
+        "8 bits of cut weights",
+        ("train", "run.yaml", "optimizer.kind=adamw8bit", "runtime=ray", "runtime.learners=2"),
+        ("optimizer.kind adamw8bit cannot step", "runtime.learners to 1"),
+    ),
     train("embeddings of no pipeline", "model.memory.embeddings=kept", "model.memory.embeddings", "no pipeline"),
     train("a part that is none", "model.memory.offload=[unet]", "model.memory.offload", "'unet'", "text_encoders"),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),

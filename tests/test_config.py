@@ -182,8 +182,10 @@ def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
 
 @pytest.mark.parametrize(
     "other",
-    ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"]
-    + ["model.memory.vae_tiling=true", "model.memory.attention=native"],
+    [
+        *("seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1"),
+        *("rewards.0.weight=2", "model.memory.vae_tiling=true", "model.memory.attention=native"),
+    ],
 )
 def test_the_hash_sees_what_moves_the_numbers(run: Path, other: str):
     assert load(run, [other]).config_hash != load(run).config_hash
@@ -245,6 +247,9 @@ def test_doubtful_settings_are_warned_of(run: Path):
     assert "groups of 4" in words("rollout.samples_per_prompt=4")
     assert "padding" in words("rollout.micro_batch=64")
     assert "optimizer.eps" in words("optimizer.eps=1e-8")
+    assert "loss scaling" in words("model.dtype=float16", "model.lora={rank: 2}", "optimizer.lr=1e-3")
+    assert words("model.dtype=bfloat16") == ""
+    assert "averages its ema weights in bfloat16" in words("model.dtype=bfloat16", "ema={decay: 0.9}")
     assert "training file" in words(f"prompts.heldout={run.parent}/train.txt")
     assert "repeats" in words("rollout.prompts_per_step=5")
     (run.parent / "heldout.txt").write_text("a\n")

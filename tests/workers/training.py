@@ -18,7 +18,8 @@ from rlalign.pipeline import Batch, deal, split
 from rlalign.policy import Policy
 from rlalign.types import Prompt, RewardScores, Scores, State, Trajectory, Unit
 from rlalign.workers.group import Group, sum_gradients
-from rlalign.workers.learner import Diverged, EmaConfig, Learner, OptimizerConfig
+from rlalign.workers.learner import Diverged, EmaConfig, Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from tests import small
 from tests.tiny import sd3_policy
