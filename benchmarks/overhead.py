@@ -39,7 +39,8 @@ from rlalign.models.sd3 import Family as SD3
 from rlalign.pipeline import split
 from rlalign.policy import Policy, RolloutConfig, Window
 from rlalign.types import Cond, Prompt, Schedule, Size, Trajectory
-from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.learner import Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 
 SIDES = ("floor", "rlalign", "detached")

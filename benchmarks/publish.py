@@ -45,7 +45,8 @@ from rlalign.runtime.host import Slot
 from rlalign.runtime.ray import RayPool
 from rlalign.runtime.weights import ObjectStore, Publisher
 from rlalign.types import Cond, Prompt, Schedule, Size
-from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.learner import Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from rlalign.workers.weights import Manifest
 

@@ -23,6 +23,7 @@ from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models import sd3
 from rlalign.models.base import classifier_free_guidance
 from rlalign.models.lora import LoraConfig
+from rlalign.models.memory import MemoryConfig
 from rlalign.overlays import DEFAULT_ALGORITHM
 from rlalign.policy import RolloutConfig, Window
 from rlalign.prompts.config import PromptsConfig, Source
@@ -33,13 +34,15 @@ from rlalign.runtime.telemetry import EXPORTED, prometheus_name
 from rlalign.scoring.config import RewardConfig
 from rlalign.scoring.remote import RemoteOptions
 from rlalign.serving.config import ServeConfig
-from rlalign.workers.learner import EmaConfig, OptimizerConfig
+from rlalign.workers.learner import EmaConfig
+from rlalign.workers.optimizer import OptimizerConfig
 
 DOCS = Path(__file__).parent
 BLOCKS: dict[str, type[BaseModel]] = {
     "run": RunConfig,
     "model": ModelConfig,
     "lora": LoraConfig,
+    "memory": MemoryConfig,
     "sd3": sd3.Config,
     "prompts": PromptsConfig,
     "prompt source": Source,

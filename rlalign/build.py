@@ -16,6 +16,8 @@ from rlalign.loop import LoopSettings, Parts
 from rlalign.mdp.noise import Noise
 from rlalign.models import lora
 from rlalign.models.base import Family, torch_dtype
+from rlalign.models.embeddings import Embeddings, identity
+from rlalign.models.memory import fit, placed
 from rlalign.paths import model_path
 from rlalign.policy import Policy, Variant
 from rlalign.prompts import read
@@ -156,13 +158,26 @@ def make_scorer(config: RunConfig) -> Scorer:
 
 def load_policy(config: RunConfig) -> Policy:
     """The model with what trains attached, as it is before the first update."""
-    family = load_family(config)
+    memory, device = config.model.memory, device_of(config)
+    family = load_family(config, torch.device("cpu") if memory.offload else device)
     names = config.model.train or [next(iter(family.nets))]
+    fit(family, memory, names)
+    offloaded, embeddings = placed(family, memory.offload, device), _embeddings(config, family)
     parameters = _trainable(config, family, names)
     try:
-        return Policy(family, config.rollout, parameters, lora=config.model.lora is not None)
+        return Policy(family, config.rollout, parameters, config.model.lora is not None, offloaded, embeddings)
     except ValueError as error:
         raise ValueError(f"rollout: {error}") from error
+
+
+def _embeddings(config: RunConfig, family: Family) -> Embeddings | None:
+    """Before anything is attached to the nets."""
+    memory = config.model.memory
+    if memory.embeddings is None:
+        return None
+    told = config.model.model_dump(mode="json", exclude={"path", "lora", "train", "memory"})
+    told["memory"] = memory.model_dump(include={"vae_tiling", "vae_slicing", "attention"})
+    return Embeddings(memory.embeddings, identity(family, told, device_of(config)))
 
 
 def _trainable(config: RunConfig, family: Family, names: list[str]) -> dict[str, nn.Parameter]:
@@ -174,10 +189,10 @@ def _trainable(config: RunConfig, family: Family, names: list[str]) -> dict[str,
         raise ValueError(f"model.lora: {error}") from error
 
 
-def load_family(config: RunConfig) -> Family:
-    """The untrained model, where it is to run."""
+def load_family(config: RunConfig, device: torch.device) -> Family:
+    """The untrained model."""
     module, dtype = plugins.load("model", config.model.family), torch_dtype(config.model.dtype)
-    return module.Family.load(config.model, model_path(config.model.path), dtype, device_of(config))
+    return module.Family.load(config.model, model_path(config.model.path), dtype, device)
 
 
 def device_of(config: RunConfig) -> torch.device:

@@ -62,6 +62,8 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     yield from _no_siblings(config, needs.candidates)
     if rollout.retain:
         yield from _no_graph(config)
+    yield from _no_journey(config, needs.reward_gradient)
+    yield from _no_step(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
     if on_grid and times is not None and times > rollout.num_steps:
@@ -111,6 +113,39 @@ def _no_graph(config: "RunConfig") -> Iterator[str]:
             "runtime.samplers: 1, runtime.max_staleness: 0 and, of algorithm, updates_per_step and epochs_per_step: 1, "
             "or leave it out"
         )
+    if config.model.memory.gradient_checkpointing:
+        yield "rollout.retain keeps what model.memory.gradient_checkpointing throws away; leave one of them out"
+
+
+def _no_journey(config: "RunConfig", differentiated: bool) -> Iterator[str]:
+    """A part that waits on the CPU is fetched by one worker, and gone when a backward pass comes by."""
+    offload, runtime = config.model.memory.offload, config.runtime
+    if "vae" in offload and differentiated:
+        yield (
+            f"model.memory.offload has the vae, but {config.algorithm.name} needs it in the backward pass of its "
+            "rewards; leave the vae out"
+        )
+    if offload and runtime.kind == "local" and (runtime.samplers > 1 or runtime.max_staleness):
+        yield (
+            "model.memory.offload moves parts for one worker at a time: set runtime.samplers: 1 and "
+            "runtime.max_staleness: 0, or runtime.kind: ray"
+        )
+
+
+def _no_step(config: "RunConfig") -> Iterator[str]:
+    """What an optimizer cannot make of all weights."""
+    if config.model.lora is not None:
+        return
+    if config.model.dtype == "float16":
+        yield (
+            "model.dtype is float16 and model.lora null: without loss scaling, gradients of float16 weights are mostly "
+            "0; set model.dtype to bfloat16 or float32, or train LoRA"
+        )
+    if config.optimizer.kind == "adamw8bit" and config.runtime.learners > 1:
+        yield (
+            "optimizer.kind adamw8bit cannot step weights that are cut into parts, as those of several learners are "
+            "when model.lora is null; set runtime.learners to 1, optimizer.kind to adamw, or train LoRA"
+        )
 
 
 def warnings(config: "RunConfig") -> list[str]:
@@ -124,6 +159,14 @@ def _doubts(config: "RunConfig") -> Iterator[str]:
     if not low <= config.optimizer.lr <= high:
         kind = "LoRA" if config.model.lora else "full fine-tuning"
         yield f"optimizer.lr {config.optimizer.lr:g} is outside {low:g} to {high:g}, where {kind} is known to work"
+    if config.model.dtype == "float16":
+        yield "model.dtype float16 comes without loss scaling: small gradients on their way through the net are 0"
+    copies = [*(["ema"] if config.ema else []), *config.algorithm_module.Algorithm(config.algorithm).needs.copies]
+    if config.model.dtype == "bfloat16" and config.model.lora is None and copies:
+        yield (
+            f"full fine-tuning in bfloat16 averages its {' and '.join(copies)} weights in bfloat16, which swallows "
+            "changes below 1/256 of a weight; use LoRA or float32 where the average decays slowly"
+        )
     if rollout.samples_per_prompt < SMALL_GROUP and rollout.source == "samples":
         yield f"groups of {rollout.samples_per_prompt} give noisy advantages; {SMALL_GROUP} or more are usual"
     images = rollout.prompts_per_step * rollout.samples_per_prompt

@@ -22,6 +22,7 @@ from rlalign.confighash import hash_of, hashed_part
 from rlalign.evaluation.heldout import EvaluationConfig
 from rlalign.models.base import EncodesImages
 from rlalign.models.lora import LoraConfig
+from rlalign.models.memory import MemoryConfig
 from rlalign.overlays import ALGORITHM_NAME, choose, plugin
 from rlalign.paths import anchored, own_overrides, spelled_out
 from rlalign.policy import RolloutConfig
@@ -33,7 +34,8 @@ from rlalign.runtime.config import RuntimeConfig
 from rlalign.scoring import RewardConfig
 from rlalign.scoring.config import is_url
 from rlalign.settings import Settings
-from rlalign.workers.learner import EmaConfig, OptimizerConfig
+from rlalign.workers.learner import EmaConfig
+from rlalign.workers.optimizer import OptimizerConfig
 
 RECIPES = Path(rlalign.__file__).parent / "recipes"
 
@@ -46,11 +48,13 @@ class ModelConfig(Settings):
     path: str = ""
     """A folder, a Hub id, or a shipped model such as zoo:scenes."""
     dtype: Literal["float32", "float16", "bfloat16", "float64"] = "float32"
-    """Of the frozen weights, and of all weights under full fine-tuning."""
+    """Of the frozen weights, and of all weights under full fine-tuning; those in bfloat16 then have float32 masters."""
     lora: LoraConfig | None = LoraConfig()
     """Low-rank adapters; null trains all weights."""
     train: list[str] | None = Field(default=None, min_length=1)
     """Names of the nets to train; null: the family's first."""
+    memory: MemoryConfig = MemoryConfig()
+    """How a large model fits onto a GPU."""
 
 
 class RunConfig(Settings):

@@ -6,7 +6,10 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-OPERATIONAL = ("steps", "checkpoint", "reporting", "runtime")
+OPERATIONAL = (
+    *("steps", "checkpoint", "reporting", "runtime"),
+    *("model.memory.gradient_checkpointing", "model.memory.offload", "model.memory.embeddings"),
+)
 """Blocks and keys that do not decide the numbers ..."""
 NUMERIC = ("runtime.threads_per_worker", "runtime.max_staleness", "runtime.learners")
 """... but for these: they change the last bits, the weights that sample, or the order of a sum."""
@@ -23,7 +26,7 @@ def hashed_part(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _operational(key: str) -> bool:
-    return key.split(".")[0] in OPERATIONAL or ENVIRONMENT.match(key) is not None
+    return any(f"{key}.".startswith(f"{one}.") for one in OPERATIONAL) or ENVIRONMENT.match(key) is not None
 
 
 def hash_of(hashed: Mapping[str, Any]) -> str:

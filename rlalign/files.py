@@ -7,6 +7,7 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from uuid import uuid4
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replaces the file at once: a reader, or a kill at any moment, meets the old bytes or the new ones."""
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    temporary = path.with_name(f".tmp-{path.name}-{uuid4().hex}")  # other machines have the same process ids
     with in_words(f"write {path}"):
         try:
             write_durably(temporary, data)

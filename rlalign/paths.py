@@ -53,6 +53,8 @@ def anchored(tree: Tree, folder: Path) -> Tree:
     for block, key in (("model", "family"), ("algorithm", "name")):
         _change(tree.get(block), key, lambda value: str(folder / value) if value.endswith(".py") else value)
     _change(tree.get("model"), "path", lambda value: _model_path(value, folder))
+    memory = tree["model"].get("memory") if isinstance(tree.get("model"), dict) else None
+    _change(memory, "embeddings", lambda value: str(folder / Path(value).expanduser()))
     _anchor_prompts(tree.get("prompts"), folder)
     rewards = tree.get("rewards")
     for reward in rewards.values() if isinstance(rewards, dict) else rewards if isinstance(rewards, list) else ():

@@ -22,6 +22,8 @@ NOT_PLUGINS = {
     "images",
     "conventions",
     "agreement",
+    "memory",
+    "embeddings",
     "advantages",
     "baselines",
     "losses",

@@ -1,7 +1,7 @@
 """A policy: a family's net, its weights under several names, and the kernel; sampler and learner share it."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -25,11 +25,13 @@ from rlalign.mdp.schedule import (
 )
 from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
-from rlalign.models.base import Family
+from rlalign.models.base import EncodesImages, Family, Unusable
+from rlalign.models.embeddings import Embeddings
 from rlalign.models.lora import reference_weights
+from rlalign.models.memory import Offloaded
 from rlalign.settings import Settings
 from rlalign.sharding import cut, gathered, shard, swap
-from rlalign.types import Cond, Level, Schedule, Size, Trajectory
+from rlalign.types import Cond, Encoded, Level, Prompt, Schedule, Size, Trajectory
 
 Variant = Literal["policy", "old", "ema", "reference", "start", "teacher", "anchor"]
 FLOW_KERNELS = ("flow_sde", "dance_sde", "memoryless", "flash_sde")
@@ -210,9 +212,16 @@ class Policy:
     """``policy`` is what the net holds; ``reference`` what the run began with; all others are copies that lag."""
 
     def __init__(
-        self, family: Family, settings: RolloutConfig, parameters: dict[str, nn.Parameter], lora: bool
+        self,
+        family: Family,
+        settings: RolloutConfig,
+        parameters: dict[str, nn.Parameter],
+        lora: bool,
+        offloaded: Offloaded | None = None,
+        embeddings: Embeddings | None = None,
     ) -> None:
         self.family = family
+        self.offloaded, self.embeddings = offloaded or Offloaded(), embeddings
         self.settings = settings
         self.size = Size(*settings.size)
         self.latent_shape = family.latent_shape(self.size)
@@ -302,6 +311,25 @@ class Policy:
         for copy in self.copies.values():
             copy.update({key: cut(tensor, self.parameters[key].data) for key, tensor in copy.items()})
         self.sharded = True
+
+    # --- what the family does besides, its parts fetched for it
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Encoded]:
+        """Each prompt on its own, so that its numbers never depend on others; metadata is for rewards."""
+        pictures = any(prompt.image is not None or prompt.video is not None for prompt in prompts)
+        with self.offloaded.here("text_encoders", *(["vae"] if pictures else [])):
+            return [self.family.encode([replace(prompt, metadata={})]) for prompt in prompts]
+
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """[B, 3, H, W] in [0, 1] -> latents [B, *L]."""
+        assert isinstance(self.family, EncodesImages)  # the config was refused otherwise
+        with self.offloaded.here("vae"):
+            return self.family.encode_images(pixels, self.size)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, *L] -> pixels [B, (F,) 3, H, W] in [0, 1]."""
+        with self.offloaded.here("vae"):
+            return self.family.decode(latents, self.size)
 
     # --- one guided prediction, for everyone
 
@@ -422,6 +450,16 @@ class Policy:
         own = x if sample.schedule.table is None else x * (level.alpha + level.sigma)
         scale = self.settings.guidance_scale if guidance is None else guidance
         return self.predict(own, time, level, sample.cond, sample.uncond, scale)
+
+
+def joined(encoded: Sequence[Encoded]) -> Encoded:
+    """Embeddings of single prompts as those of all, each tensor [P, ...]."""
+    conds, unconds = [cond for cond, _ in encoded], [uncond for _, uncond in encoded if uncond is not None]
+    if any(cond.keys() != conds[0].keys() for cond in conds):
+        raise Unusable("some prompts have an image and some have none, which cannot be sampled together")
+    cond = {name: torch.cat([one[name] for one in conds]) for name in conds[0]}
+    uncond = {name: torch.cat([one[name] for one in unconds]) for name in unconds[0]} if unconds else None
+    return cond, uncond
 
 
 def _main_dtype(net: nn.Module) -> torch.dtype:

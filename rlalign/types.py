@@ -17,6 +17,9 @@ from torch import Tensor
 Cond = dict[str, Tensor]
 """Encoded prompts by the family's own names; every tensor is [P, ...]."""
 
+Encoded = tuple[Cond, Cond | None]
+"""What prompts are encoded to, and what they are guided away from."""
+
 Role = Literal["train", "monitor", "heldout"]
 """What a reward is for: advantages, curves only, or never anything but evaluation."""
 

@@ -1,6 +1,6 @@
 """A whole learner and sampler on data whose velocity is known: seconds, no diffusers, no files."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -12,7 +12,8 @@ from rlalign.models.lora import full
 from rlalign.pipeline import split
 from rlalign.policy import Policy, RolloutConfig
 from rlalign.types import Prompt, RewardScores, Scores, Trajectory
-from rlalign.workers.learner import EmaConfig, Learner, OptimizerConfig
+from rlalign.workers.learner import EmaConfig, Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 
 PROMPTS = tuple(Prompt(f"prompt {i}") for i in range(4))
@@ -40,13 +41,14 @@ def workers(
     settings: RolloutConfig | None = None,
     lr: float = 1e-2,
     ema: EmaConfig | None = None,
+    kind: Literal["adamw", "adamw8bit"] = "adamw",
     **more: Any,
 ) -> tuple[Sampler, Learner]:
     """A sampler and a learner that share one policy."""
     shared, noise = policy(settings or rollout_config(candidates=2 if chosen.needs.candidates else None)), Noise(0)
     if chosen.needs.reward_gradient:
         vars(chosen)["reward"] = lambda images, prompts: analytic.numbers(images)[:, 0]
-    learner = Learner(shared, chosen, noise, OptimizerConfig(lr=lr), ema, **more)
+    learner = Learner(shared, chosen, noise, OptimizerConfig(kind=kind, lr=lr), ema, **more)
     needs = chosen.needs
     return Sampler(shared, noise, chosen.sample_with, needs.trajectory, shares=True, keep_uncond=needs.uncond), learner
 

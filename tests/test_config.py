@@ -181,6 +181,7 @@ def test_the_resolved_config_reads_back_as_the_same(run: Path, tmp_path: Path):
         "reporting.tensorboard=true",
         "rewards.0.venv=/envs/mine",
         "rewards.0.pip=[hpsv2]",
+        *("model.memory.gradient_checkpointing=true", "model.memory.offload=[vae]", "model.memory.embeddings=kept"),
     ],
 )
 def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
@@ -189,7 +190,10 @@ def test_the_hash_ignores_what_does_not_move_the_numbers(run: Path, same: str):
 
 @pytest.mark.parametrize(
     "other",
-    ["seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1", "rewards.0.weight=2"],
+    [
+        *("seed=1", "optimizer.lr=2e-4", "runtime.threads_per_worker=2", "runtime.max_staleness=1"),
+        *("rewards.0.weight=2", "model.memory.vae_tiling=true", "model.memory.attention=native"),
+    ],
 )
 def test_the_hash_sees_what_moves_the_numbers(run: Path, other: str):
     assert load(run, [other]).config_hash != load(run).config_hash
@@ -213,7 +217,8 @@ def test_a_run_can_be_moved_but_its_prompts_not_changed(run: Path, tmp_path: Pat
 def test_recipes_are_sound(name: str, algorithm: str | None):
     got = load(find(name), [f"algorithm={algorithm}"] if algorithm else [])
     assert isinstance(got, RunConfig)
-    assert got.prompts.train.parent == RECIPES / "prompts" and got.prompts.train.exists()
+    train = got.prompts.train
+    assert isinstance(train, Path) and train.parent == RECIPES / "prompts" and train.exists()
     assert model_path(got.model.path)
 
 
@@ -263,6 +268,9 @@ def test_doubtful_settings_are_warned_of(run: Path):
     assert "optimizer.eps" in words("optimizer.eps=1e-8")
     assert "judges without guidance" in words("rollout.guidance_scale=4.5")
     assert words("rollout.guidance_scale=4.5", "evaluation.guidance_scale=4.5") == ""
+    assert "loss scaling" in words("model.dtype=float16", "model.lora={rank: 2}", "optimizer.lr=1e-3")
+    assert words("model.dtype=bfloat16") == ""
+    assert "averages its ema weights in bfloat16" in words("model.dtype=bfloat16", "ema={decay: 0.9}")
     assert "training file" in words(f"prompts.heldout={run.parent}/train.txt")
     assert "repeats" in words("rollout.prompts_per_step=5")
     (run.parent / "heldout.txt").write_text("a\n")

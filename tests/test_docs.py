@@ -20,7 +20,8 @@ from rlalign.policy import Policy, RolloutConfig
 from rlalign.runfile import Loader
 from rlalign.scoring import RewardConfig, load_reward
 from rlalign.types import Prompt, RewardScores, Scores, Size, Unit
-from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.learner import Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from tests.runs import call, without_pages
 from tests.tiny import sd3_folder, sd3_policy

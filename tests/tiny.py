@@ -140,10 +140,18 @@ def t5_encoder(width: int) -> T5EncoderModel:
     return T5EncoderModel(T5Config(vocab_size=32, d_model=width, d_kv=4, d_ff=16, num_layers=1, num_heads=2))
 
 
-def sd3_policy(folder: Path, *, rank: int = 4, lora: bool = True, shake: float = 0.0, **rollout: Any) -> Policy:
+def sd3_policy(
+    folder: Path,
+    *,
+    rank: int = 4,
+    lora: bool = True,
+    shake: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    **rollout: Any,
+) -> Policy:
     """A policy on a folder that ``sd3_folder`` wrote; ``shake`` moves its weights away from the reference."""
     config = sd3.Config(text_encoder_3=False, max_sequence_length=0)
-    family = sd3.Family.load(config, str(folder), torch.float32, "cpu")
+    family = sd3.Family.load(config, str(folder), dtype, "cpu")
     settings = RolloutConfig(**{"size": (16, 16), "num_steps": 4, "micro_batch": 4, **rollout})
     if lora:
         parameters = attach(family.nets, ["transformer"], LoraConfig(rank=rank), family.lora_targets, seed=0)

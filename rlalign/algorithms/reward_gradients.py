@@ -6,7 +6,6 @@ each step and of the decoder is made again in the backward pass: memory grows wi
 """
 
 from collections.abc import Callable, Collection, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -114,8 +113,7 @@ def step(
 
 def pictures(policy: Policy, latents: Tensor, checkpointing: bool) -> Tensor:
     """[b, (F,) 3, H, W] in [0, 1]."""
-    decode = partial(policy.family.decode, size=policy.size)
-    decoded = checkpoint(decode, latents, use_reentrant=False) if checkpointing else decode(latents)
+    decoded = checkpoint(policy.decode, latents, use_reentrant=False) if checkpointing else policy.decode(latents)
     assert isinstance(decoded, Tensor)
     return decoded.float().clamp(0, 1)
 

@@ -11,7 +11,7 @@ from rlalign.config import recipes
 from rlalign.paths import zoo_names
 from rlalign.scoring import find_reward, reward_names
 
-EXTRAS = {"rapidocr": "ocr", "onnxruntime": "ocr", "wandb": "wandb", "pynvml": "gpu"}
+EXTRAS = {"rapidocr": "ocr", "onnxruntime": "ocr", "wandb": "wandb", "pynvml": "gpu", "bitsandbytes": "eight-bit"}
 
 
 def doctor() -> int:

@@ -6,7 +6,7 @@ A family is one file in this folder. It defines a pydantic ``Config`` and one fi
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,13 @@ class EncodesImages(Protocol):
     def encode_images(self, pixels: Tensor, size: Size) -> Tensor:
         """Pixels [B, 3, H, W], float in [0, 1] -> the latents [B, *L] that ``decode`` makes them of; no gradient."""
         ...
+
+
+@runtime_checkable
+class HasPipeline(Protocol):
+    """A family around a pipeline of diffusers, whose parts can be moved and told to save memory (memory.py)."""
+
+    pipeline: Any
 
 
 def classifier_free_guidance(positive: Tensor, negative: Tensor, scale: float) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy, Variant
 from rlalign.prompts import stand_in
-from rlalign.types import Cond
+from rlalign.workers.encoder import Encoder
 
 TEXT = "a canary in a cage, watercolour"
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
@@ -32,7 +32,7 @@ class Canary:
 
     def __init__(self, policy: Policy, noise: Noise) -> None:
         self.policy, self.noise = policy, noise
-        self.text: tuple[Cond, Cond | None] | None = None
+        self.encoder = Encoder(policy)
 
     @torch.no_grad()
     def predict(self, variant: Variant) -> Tensor:
@@ -43,10 +43,9 @@ class Canary:
         x = self.noise.normal("canary", address, 0, policy.latent_shape).to(policy.device)  # [b, *L]
         schedule, middle = policy.schedule(plan), plan.num_steps // 2
         time = schedule.time[middle].to(policy.device).expand(len(rows))
-        if self.text is None:
-            self.text = policy.family.encode([stand_in(TEXT, policy.size)])
-        cond = {name: value[torch.zeros_like(rows)] for name, value in self.text[0].items()}
         with policy.using(variant):  # without guidance, which would amplify rounding
+            ((text, _),) = self.encoder([stand_in(TEXT, policy.size)])
+            cond = {name: value[torch.zeros_like(rows)] for name, value in text.items()}
             return policy.predict(x, time, schedule.level(middle, x), cond, None, 1.0).velocity[0].cpu()
 
     def check(self, expected: Tensor, variant: Variant) -> None:

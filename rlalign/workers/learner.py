@@ -27,22 +27,8 @@ from rlalign.types import State, Trajectory
 from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.group import Group, sum_gradients
+from rlalign.workers.optimizer import Optimizer, OptimizerConfig
 from rlalign.workers.weights import Manifest, Memory, describe, pack
-
-
-class OptimizerConfig(Settings):
-    """AdamW."""
-
-    lr: float = Field(default=3e-4, gt=0)
-    """Learning rate."""
-    betas: tuple[float, float] = (0.9, 0.999)
-    """Decay of the two moments."""
-    eps: float = Field(default=1e-15, gt=0)
-    """Mean-reduced log-probs make gradients tiny: the usual 1e-8 can swallow them (docs/kernels.md)."""
-    weight_decay: float = Field(default=1e-4, ge=0)
-    """Decoupled weight decay."""
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    """Gradients are scaled down to this norm."""
 
 
 class EmaConfig(Settings):
@@ -89,14 +75,7 @@ class Learner:
         self.packed: list[Tensor] = []  # buckets of the last version, for the broadcast
         self.updates = 0
         self.num_weights = sum(parameter.numel() for parameter in policy.parameters.values())
-        self.optimizer = torch.optim.AdamW(
-            list(policy.parameters.values()),
-            lr=optimizer.lr,
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            weight_decay=optimizer.weight_decay,
-            fused=True,
-        )
+        self.optimizer = Optimizer(optimizer, policy.parameters)
         for name in algorithm.needs.copies:
             policy.keep(name)
         if ema:
@@ -251,9 +230,9 @@ class Learner:
                 part.append(group)
 
     def _apply_gradient(self) -> float:
-        parameters = list(self.policy.parameters.values())
         if self.group.size > 1 and not self.policy.sharded:  # FSDP2 summed its own during the backward passes
-            sum_gradients(self.group, parameters)
+            sum_gradients(self.group, list(self.policy.parameters.values()))
+        parameters = self.optimizer.with_gradients()
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         total = gathered(total) if self.policy.sharded else total
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.max_grad_norm, total)
@@ -314,10 +293,7 @@ class Learner:
         if self.algorithm.needs.fits:
             assert isinstance(self.algorithm, Fitting)
             self.algorithm.load_fitted(state.tensors["fitted/sums"])
-        moments = state.part("optimizer").tensors
-        for key, parameter in self.policy.parameters.items():
-            mine = {name.rsplit("/", 1)[1]: t for name, t in moments.items() if name.rsplit("/", 1)[0] == key}
-            self.optimizer.state[parameter] = {name: t.to(parameter.device) for name, t in mine.items()}
+        self.optimizer.load(state.part("master").tensors, state.part("optimizer").tensors)
 
     def save(self, folder: Path) -> Files:
         """Writes this rank's files of a checkpoint: its parts of sharded weights; else rank 0 writes everything."""
@@ -330,10 +306,9 @@ class Learner:
         """Takes over a checkpoint that is known to be sound, however many ranks wrote it."""
         like: dict[str, Tensor] = {}
         if self.policy.sharded:
+            like = self.optimizer.like()
             for key, parameter in self.policy.parameters.items():
-                moments = [f"optimizer/{key}/{moment}" for moment in ("exp_avg", "exp_avg_sq")]
-                names = [f"{name}/{key}" for name in ("policy", *self.policy.copies)]
-                like |= dict.fromkeys([*names, *moments], parameter.data)
+                like |= {f"{name}/{key}": parameter.data for name in ("policy", *self.policy.copies)}
         self.load_state_dict(checkpoint.read_part(folder, LEARNER, like))
 
     def _values(self) -> dict[str, Any]:
@@ -343,13 +318,10 @@ class Learner:
     def _tensors(self) -> dict[str, Tensor]:
         names = ["policy", *(name for name in self.policy.copies if name != "reference")]
         tensors = {f"{name}/{key}": t for name in names for key, t in self.policy.weights(name).items()}
-        for key, parameter in self.policy.parameters.items():
-            for moment, value in self.optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{moment}"] = value
         if self.algorithm.needs.fits:
             assert isinstance(self.algorithm, Fitting)
             tensors["fitted/sums"] = self.algorithm.fitted
-        return tensors
+        return tensors | self.optimizer.tensors()
 
 
 def turns_of(num_groups: int, updates: int) -> Tensor:

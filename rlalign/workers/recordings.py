@@ -4,7 +4,6 @@ import torch
 from torch import Tensor
 
 from rlalign.mdp.rollout import in_micro_batches
-from rlalign.models.base import EncodesImages
 from rlalign.policy import Policy
 from rlalign.prompts import read_image
 from rlalign.types import Cond, Trajectory, Unit
@@ -18,14 +17,13 @@ def recorded(
 
     They are nobody's samples; ``version`` is that of the weights in use, so that nothing counts as stale.
     """
-    family, settings = policy.family, policy.settings
-    assert isinstance(family, EncodesImages)  # the config was refused otherwise
+    settings = policy.settings
     paths = [path for prompt in unit.prompts for path in prompt.metadata["images"]]
     assert len(paths) == len(address)
     pictures = torch.stack([read_image(path, policy.size) for path in paths])  # [B, 3, H, W]
 
     def encode(rows: Tensor) -> Tensor:
-        return family.encode_images((pictures[rows].float() / 255).to(policy.device), policy.size).float()
+        return policy.encode_images((pictures[rows].float() / 255).to(policy.device)).float()
 
     parts = in_micro_batches(encode, len(pictures), settings.micro_batch)
     final = torch.cat([latents[:n] for latents, n in parts])

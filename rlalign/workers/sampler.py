@@ -1,8 +1,6 @@
 """The sampler: prompts -> trajectories and pictures, under weights that it has verified."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,17 +9,16 @@ from rlalign.mdp.noise import Noise
 from rlalign.mdp.rollout import Chain, in_micro_batches
 from rlalign.mdp.transition import Gaussian
 from rlalign.models.base import Unusable
-from rlalign.policy import FLOW_KERNELS, Policy, RolloutConfig, Variant, draw_steps
-from rlalign.prompts import seen_by_model
-from rlalign.types import Cond, Prompt, Trajectory, Unit, joined_graphs
+from rlalign.policy import FLOW_KERNELS, Policy, RolloutConfig, Variant, draw_steps, joined
+from rlalign.types import Cond, Trajectory, Unit, joined_graphs
 from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.candidates import Tree, candidates
+from rlalign.workers.encoder import Encoder
 from rlalign.workers.recordings import recorded
 from rlalign.workers.weights import Manifest
 
 Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
-MAX_ENCODED = 4096  # prompts whose embeddings are kept; text encoders are frozen
 
 
 class Sampler:
@@ -45,7 +42,7 @@ class Sampler:
         self.shares = shares  # the learner's own network: publishing is a version number
         self.version = 0 if shares else None
         self.canary, self.broadcast = Canary(policy, noise), Broadcast()
-        self.encoded: OrderedDict[tuple[str, ...], tuple[Cond, Cond | None]] = OrderedDict()
+        self.encoder = Encoder(policy)
 
     @torch.no_grad()
     def sample(
@@ -175,39 +172,21 @@ class Sampler:
 
     def _pictures(self, final: Tensor) -> Tensor:
         def decode(rows: Tensor) -> Tensor:
-            pixels = self.policy.family.decode(final[rows], self.policy.size)
+            pixels = self.policy.decode(final[rows])
             return pixels.float().clamp(0, 1).mul(255).round().to(torch.uint8).cpu()
 
-        parts = in_micro_batches(decode, len(final), self.policy.settings.micro_batch)
+        with self.policy.offloaded.here("vae"):
+            parts = list(in_micro_batches(decode, len(final), self.policy.settings.micro_batch))
         return torch.cat([part[:n] for part, n in parts])
 
     def _conditions(self, unit: Unit, plan: RolloutConfig) -> tuple[Cond, Cond | None]:
-        cond, uncond = self._encode(unit.prompts)
+        cond, uncond = joined(self.encoder(unit.prompts))
         if uncond is None and (plan.guidance_scale != 1 or self.keep_uncond):
             raise Unusable(
                 "this model has nothing to guide away from: set rollout.guidance_scale and evaluation.guidance_scale "
                 "to 1, model.guidance is what the net is told, and choose an algorithm without guidance of its own"
             )
         return cond, None if plan.guidance_scale == 1 and not self.keep_uncond else uncond
-
-    def _encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
-        """Embeddings [P, ...]; each prompt is encoded once, on its own, so that its numbers never depend on others."""
-        encoded = [self._encode_one(prompt) for prompt in prompts]
-        if any(cond.keys() != encoded[0][0].keys() for cond, _ in encoded):
-            raise Unusable("some prompts have an image and some have none, which cannot be sampled together")
-        cond = {name: torch.cat([c[name] for c, _ in encoded]) for name in encoded[0][0]}
-        negatives = [u for _, u in encoded if u is not None]
-        uncond = {name: torch.cat([u[name] for u in negatives]) for name in negatives[0]} if negatives else None
-        return cond, uncond
-
-    def _encode_one(self, prompt: Prompt) -> tuple[Cond, Cond | None]:
-        key = seen_by_model(prompt)
-        if key not in self.encoded:
-            self.encoded[key] = self.policy.family.encode([replace(prompt, metadata={})])
-            if len(self.encoded) > MAX_ENCODED:
-                self.encoded.popitem(last=False)
-        self.encoded.move_to_end(key)
-        return self.encoded[key]
 
 
 def require_kernel(policy: Policy) -> None:

@@ -15,7 +15,8 @@ from rlalign.models import analytic
 from rlalign.models.lora import full
 from rlalign.policy import Policy
 from rlalign.types import Trajectory
-from rlalign.workers.learner import Learner, OptimizerConfig
+from rlalign.workers.learner import Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from tests.small import PROMPTS, rollout_config, sample
 from tests.test_loop import place as place

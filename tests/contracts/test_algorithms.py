@@ -17,7 +17,8 @@ from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig
 from rlalign.policy import RolloutConfig
 from rlalign.types import RewardScores, Scores, State, Trajectory
-from rlalign.workers.learner import EmaConfig, Learner, OptimizerConfig
+from rlalign.workers.learner import EmaConfig, Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from tests import small
 

@@ -79,14 +79,22 @@ def text_encoder() -> CLIPTextModel:
     return CLIPTextModel(config)
 
 
-def sd_policy(folder: Path, *, lora: bool = True, shake: float = 0.0, **rollout: Any) -> Policy:
+def sd_policy(
+    folder: Path,
+    *,
+    lora: bool = True,
+    shake: float = 0.0,
+    dtype: torch.dtype = torch.float32,
+    train: tuple[str, ...] = ("unet",),
+    **rollout: Any,
+) -> Policy:
     """A policy on a folder that ``sd_folder`` wrote; ``shake`` moves its weights away from the reference."""
-    family = sd.Family.load(sd.Config(), str(folder), torch.float32, "cpu")
+    family = sd.Family.load(sd.Config(), str(folder), dtype, "cpu")
     small = {"size": (16, 16), "num_steps": 4, "micro_batch": 4, "kernel": "ddim"}
     if lora:
-        parameters = attach(family.nets, ["unet"], LoraConfig(rank=4), family.lora_targets, seed=0)
+        parameters = attach(family.nets, train, LoraConfig(rank=4), family.lora_targets, seed=0)
     else:
-        parameters = full(family.nets, ["unet"])
+        parameters = full(family.nets, train)
     policy = Policy(family, RolloutConfig(**{**small, **rollout}), parameters, lora)
     shaken(policy, shake)
     return policy

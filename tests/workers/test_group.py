@@ -71,6 +71,7 @@ CASES = {
     "full, nft": Case(algorithm="nft"),
     "full, a penalty that moves": Case(algorithm="nft", settings=MOVES),
     "full SD3": Case(SD3, settings={"kl_weight": 0.1}, updates=2),
+    "full SD3, activations made again": Case(SD3, checkpointing=True),
     "full SD3, nft": Case(SD3, algorithm="nft"),
     "adapters of SD3": Case(SD3, lora=True, updates=2),
     "adapters of SD3, nft": Case(SD3, lora=True, algorithm="nft"),
@@ -136,6 +137,18 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(
         assert furthest(resumed.weights, unbroken.weights, relative=False) < (1e-6 if lora else 1e-5)
         if read == write:
             assert equal(resumed.weights, unbroken.weights) and resumed.metrics == unbroken.metrics
+
+
+def test_masters_of_cut_weights_are_in_the_checkpoint(ranks: Ranks, folder: Path, tmp_path: Path) -> None:
+    case = Case(folder, dtype=torch.bfloat16)
+    ranks.do(training.hold, case, 2)
+    path = saved(ranks.do, tmp_path)
+    state, unbroken = ranks.do(training.held)[0], ranks.do(training.prolong, case, range(2, 3))[0]
+    masters = state.part("master").tensors
+    assert masters and {master.dtype for master in masters.values()} == {torch.float32}
+    assert equal({key: master.bfloat16() for key, master in masters.items()}, state.part("policy").tensors)
+    assert equal(ranks.do(training.load, case, path)[0].tensors, state.tensors)
+    assert equal(ranks.do(training.prolong, case, range(2, 3))[0].weights, unbroken.weights)
 
 
 @pytest.mark.parametrize("dims", [1, 3])

@@ -14,11 +14,13 @@ from rlalign.checkpoint import Files
 from rlalign.mdp.noise import Noise
 from rlalign.models import analytic
 from rlalign.models.lora import full
+from rlalign.models.memory import MemoryConfig, fit
 from rlalign.pipeline import Batch, deal, split
 from rlalign.policy import Policy
 from rlalign.types import Prompt, RewardScores, Scores, State, Trajectory, Unit
 from rlalign.workers.group import Group, sum_gradients
-from rlalign.workers.learner import Diverged, EmaConfig, Learner, OptimizerConfig
+from rlalign.workers.learner import Diverged, EmaConfig, Learner
+from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
 from tests import small
 from tests.tiny import sd3_policy
@@ -40,6 +42,8 @@ class Case:
     lr: float = 1e-3
     eps: float = 1e-8
     updates: int = 1
+    checkpointing: bool = False  # of the tiny SD3's activations
+    dtype: torch.dtype = torch.float32  # of the tiny SD3
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +189,12 @@ def _policy(case: Case) -> Policy:
         family = analytic.Family.load(analytic.Config(means=means), "", torch.float32, "cpu")
         settings = small.rollout_config(size=(1, case.dims), micro_batch=case.micro_batch)
         return Policy(family, settings, full(family.nets, ["velocity"]), lora=False)
-    return deepcopy(_tiny(case.folder, case.lora, case.micro_batch))
+    policy = deepcopy(_tiny(case.folder, case.lora, case.micro_batch, case.dtype))
+    fit(policy.family, MemoryConfig(gradient_checkpointing=case.checkpointing), ["transformer"])
+    return policy
 
 
 @cache
-def _tiny(folder: Path, lora: bool, micro_batch: int) -> Policy:
-    return sd3_policy(folder, lora=lora, shake=0.02, micro_batch=micro_batch, window={"size": 2, "range": (0, 3)})
+def _tiny(folder: Path, lora: bool, micro_batch: int, dtype: torch.dtype) -> Policy:
+    window = {"size": 2, "range": (0, 3)}
+    return sd3_policy(folder, lora=lora, shake=0.02, dtype=dtype, micro_batch=micro_batch, window=window)
