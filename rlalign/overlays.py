@@ -14,7 +14,8 @@ DEFAULT_ALGORITHM = "grpo"
 def choose(own: Tree, overrides: Sequence[Override]) -> tuple[Tree, Tree, ModuleType]:
     """What of the run file's tree holds, what the chosen algorithm brings along, and its module.
 
-    Another algorithm than the file's brings its own settings: what the file says for its own algorithm is dropped.
+    Another algorithm than the file's brings its own settings: what the file says for its own algorithm is dropped. But
+    the size of samples is the file's to say, even where the preset that it names has one.
     """
     block = own.get("algorithm", {})
     if not isinstance(block, dict):
@@ -22,7 +23,8 @@ def choose(own: Tree, overrides: Sequence[Override]) -> tuple[Tree, Tree, Module
     in_file = block.get("name", DEFAULT_ALGORITHM)
     chosen = next((value for keys, value in reversed(overrides) if keys == ALGORITHM_NAME), in_file)
     if chosen != in_file:
-        own, block = without(own, {**overlay(in_file)[0], "algorithm": None}), {}
+        left = without(overlay(in_file)[0], {"rollout": {"size": None}})
+        own, block = without(own, {**left, "algorithm": None}), {}
     brought, module = overlay(chosen)
     return {**own, "algorithm": {**block, "name": _short_name(chosen)}}, brought, module
 
