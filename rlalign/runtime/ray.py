@@ -4,9 +4,7 @@ Whatever happens to workers, the values are those of a calm run: a call is a fun
 weights that its worker holds, and `hold` makes those the ones that were there when the call was submitted.
 """
 
-import heapq
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +13,13 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, refs_in, with_slots
+from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, with_slots
 from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, make_again, want
 from rlalign.runtime.host import Report, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
+from rlalign.runtime.queue import Queue
 from rlalign.runtime.spares import Spares
 from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
 from rlalign.types import Span
@@ -53,9 +52,7 @@ class RayPool:
         self.setups, self.together, self.spares = setups, together, spares
         self.size = len(setups)
         self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
-        self.ready: list[Call] = []  # a heap: calls for any worker
-        self.holding: Hold | None = None
-        self.acknowledgements: dict[tuple[int, int], Call] = {}  # of a hold, by a worker
+        self.queue = Queue(lambda hold, worker: self._new(hold.method, hold.args, 1, worker, sets=hold))
         self.ledger = Ledger()
         self.ended: list[Span] = []
         self.restarts = self.reissued = 0
@@ -78,14 +75,8 @@ class RayPool:
 
     def hold(self, method: str, *args: Any) -> list[Ref]:
         """A worker that dies before it answers gives None; it makes the call when it is back."""
-        self.holding = hold = Hold(method, args)
-        refs: list[Ref] = []
-        for worker in self.workers:
-            if worker.up or (worker.starting is not None and worker.births == 1):
-                call = self._new(method, args, 1, worker.index, sets=hold)
-                refs += call.new_refs()
-                self.acknowledgements[id(hold), worker.index] = call
-        return refs
+        told = [worker.index for worker in self.workers if worker.up or (worker.starting and worker.births == 1)]
+        return [ref for call in self.queue.hold(Hold(method, args), told) for ref in call.new_refs()]
 
     def get(self, refs: Sequence[Ref]) -> list[Any]:
         for ref in refs:
@@ -142,10 +133,8 @@ class RayPool:
 
     def forget(self) -> None:
         """Nobody waits any more for what was submitted. Workers finish what they are at."""
-        self.ready.clear()
-        self.acknowledgements.clear()
+        self.queue.forget()
         for worker in self.workers:
-            worker.pinned.clear()
             for running in worker.running:
                 running.call.dropped = True
 
@@ -165,10 +154,7 @@ class RayPool:
         self, method: str, args: tuple[Any, ...], returns: int, worker: int | None, sets: Hold | None = None
     ) -> Call:
         order = self.engine.next_order()
-        return Call(method, args, returns, order, self.ledger, self._enqueue, worker, self.holding, sets)
-
-    def _enqueue(self, call: Call) -> None:
-        heapq.heappush(self.ready if call.worker is None else self.workers[call.worker].pinned, call)
+        return Call(method, args, returns, order, self.ledger, self.queue.put, worker, self.queue.holding, sets)
 
     def _value(self, ref: Ref) -> Any:
         while True:
@@ -204,9 +190,10 @@ class RayPool:
         if vacant and (self.together is None or len(vacant) == self.size):
             self._start(vacant)
         up = [worker for worker in self.workers if worker.up]
-        for depth in (1, 2) if len(self.ready) > len(up) else (1,):  # a second one hides the driver's latency
+        # A second one hides the driver's latency; near the end, a slow worker would keep it from those that are free.
+        for depth in (1, 2) if len(self.queue.ready) > 2 * len(up) else (1,):
             for worker in up:
-                while len(worker.running) < depth and (call := self._next(worker)) is not None:
+                while len(worker.running) < depth and (call := self.queue.next(worker, self.engine.full)) is not None:
                     self._send(worker, call)
 
     def watch(self) -> None:
@@ -325,13 +312,7 @@ class RayPool:
 
     def _vacate(self, worker: Worker) -> None:
         worker.vacate()
-        self._skip_acknowledgements(worker, math.inf)
-
-    def _skip_acknowledgements(self, worker: Worker, before: float) -> None:
-        """Those that it will not give any more are None: it died, or went on to something newer."""
-        for key, call in [*self.acknowledgements.items()]:
-            if key[1] == worker.index and call.order < before:
-                self.acknowledgements.pop(key).finish()
+        self.queue.skip_acknowledgements(worker.index)
 
     def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> None:
         for number, call in enumerate(calls):
@@ -344,7 +325,7 @@ class RayPool:
                 raise WorkerFailure(
                     f"{call.describe()} killed {POISON} fresh {self.role}s, the last of them {what}: {reason}"
                 )
-            self._enqueue(call)
+            self.queue.put(call)
 
     def _retire(self, worker: Worker, reason: str) -> None:
         worker.retired = True
@@ -353,27 +334,6 @@ class RayPool:
             raise WorkerFailure(f"no {self.role} is left, each died {worker.deaths} times in a row: {reason}")
 
     # --- handing out work
-
-    def _next(self, worker: Worker) -> Call | None:
-        """The oldest call that this worker can make; before it, what the worker must hold for that."""
-        call = min((queue[0] for queue in (self.ready, worker.pinned) if queue), default=None)
-        if call is not None and self.engine.full and not call.wanted:
-            call = None
-        needed = self.holding if call is None else call.hold
-        if needed is not None and needed is not worker.holding:
-            return self._holding(worker, needed)
-        if call is not None:
-            heapq.heappop(self.ready if call.worker is None else worker.pinned)
-        return call
-
-    def _holding(self, worker: Worker, hold: Hold) -> Call | None:
-        if not all(ref.call.done for ref in refs_in(hold.args)):
-            return None
-        known = self.acknowledgements.pop((id(hold), worker.index), None)
-        if known is None:
-            return self._new(hold.method, hold.args, 1, worker.index, sets=hold)
-        self._skip_acknowledgements(worker, known.order)
-        return known
 
     def _send(self, worker: Worker, call: Call) -> None:
         failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)

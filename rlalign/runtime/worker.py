@@ -34,7 +34,6 @@ class Worker:
     starting: Object | None = None
     where: Where | None = None  # once it is up
     running: deque[Running] = field(default_factory=deque)
-    pinned: list[Call] = field(default_factory=list)  # a heap: calls for this worker alone
     holding: Hold | None = None
     since: float = 0.0  # when it began with what it does now
     ping: Object | None = None
