@@ -64,7 +64,7 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     from rlalign.runtime.cluster import RayRuntime
 
     wanted = config.runtime
-    runtime = RayRuntime(wanted)
+    runtime = RayRuntime(wanted, config.seed)
     tree = movable(config.tree(), Path.cwd()) if runtime.uploaded else config.tree()
     runtime.keep_spares(partial(warm_up, tree))
     try:
@@ -100,7 +100,7 @@ def sampler_from(tree: Tree) -> Sampler:
 
 
 def scorer_from(tree: Tree) -> Scorer:
-    return make_scorer(resolve(tree, Path(), "config.yaml"))
+    return Scorer(resolve(tree, Path(), "config.yaml").rewards, replaceable=True)
 
 
 def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:

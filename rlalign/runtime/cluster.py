@@ -17,6 +17,7 @@ from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import Engine
 from rlalign.runtime.host import GIB, Setup
 from rlalign.runtime.placement import Placement
+from rlalign.runtime.pool import LearnersLost
 from rlalign.runtime.processes import answers, private_folder
 from rlalign.runtime.ray import RayPool
 from rlalign.runtime.spares import Spares
@@ -28,8 +29,9 @@ logger = logging.getLogger(__name__)
 class RayRuntime:
     """Connects, reserves machines, and starts workers; ValueError, one sentence, when that cannot be."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
-        self.config = config
+    def __init__(self, config: RuntimeConfig, seed: int = 0) -> None:
+        """``seed``: of the run, for messages."""
+        self.config, self.seed = config, seed
         self.spares: Spares | None = None
         self.pools: list[RayPool] = []
         self.connected = not ray.is_initialized()
@@ -57,7 +59,7 @@ class RayRuntime:
         """Workers that are one torch.distributed group: ``make(rank, size, address)``, the address told by rank 0."""
 
         def ranks(workers: list[Worker]) -> list[tuple[Any, ...]]:
-            where = ray.get(workers[0].actor.run.remote(address)) if count > 1 else ""
+            where = workers[0].actor.run.remote(address) if count > 1 else ""  # Ray hands its value to their setups
             return [(rank, count, where) for rank in range(count)]
 
         return self._pool(role, make, count, ranks, None)
@@ -69,7 +71,13 @@ class RayRuntime:
 
     def wait_until_up(self) -> None:
         """All that have a place are up; what one of them complains of is raised here."""
-        self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+        for left in reversed(range(self.config.restarts + 1)):
+            try:
+                return self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+            except LearnersLost:
+                if not left:
+                    raise
+                self.recover()
 
     def members(self) -> list[dict[str, Any]]:
         return [member for pool in self.pools for member in pool.members()]
@@ -100,7 +108,7 @@ class RayRuntime:
         gpus = self.placement.gpus(role)
         setups = [Setup(f"{role}-{index}", make, threads, gpus, memory_gib) for index in range(count)]
         spares = self.spares if together is None and gpus == 0 else None
-        pool = RayPool(self.engine, self.placement, self.config, role, setups, together, spares)
+        pool = RayPool(self.engine, self.placement, self.config, role, setups, together, spares, self.seed)
         self.pools.append(pool)
         return pool
 

@@ -16,20 +16,25 @@ from ray.exceptions import ObjectLostError, RayError, RayTaskError
 from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, with_slots
 from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, make_again, want
-from rlalign.runtime.host import Report, Setup
+from rlalign.runtime.host import Failure, Report, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
 from rlalign.runtime.queue import Queue
 from rlalign.runtime.spares import Spares
-from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
+from rlalign.runtime.vacancy import Vacancy
+from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, spent, value_or_error
 from rlalign.types import Span
+from rlalign.workers.group import exchange_failed
 
 logger = logging.getLogger(__name__)
 
 POISON = 3  # fresh workers that one call may kill
 MAX_LOSSES = 10  # times that a call's arguments may be lost
 ASK_AGAIN_S = 1.0  # for machines that are not there yet
+NEWS_S = 10.0  # until the death of a rank is known, if it is why another one failed
 LONG_WAIT_S = 1e-3  # shorter ones are not worth a span
+
+WEIGHTS_LOST = "the published weights went with the machine of the learners"
 
 Start = Callable[["list[Worker]"], "list[tuple[Any, ...]]"]
 """What the setups of these new processes are given besides their `Setup`."""
@@ -47,11 +52,13 @@ class RayPool:
         setups: Sequence[Setup],
         together: Start | None = None,
         spares: Spares | None = None,
+        seed: int = 0,
     ) -> None:
-        self.engine, self.placement, self.config, self.role = engine, placement, config, role
+        self.engine, self.placement, self.config, self.role, self.seed = engine, placement, config, role, seed
         self.setups, self.together, self.spares = setups, together, spares
         self.size = len(setups)
         self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
+        self.vacancy = Vacancy(role, placement.complaint)
         self.queue = Queue(lambda hold, worker: self._new(hold.method, hold.args, 1, worker, sets=hold))
         self.ledger = Ledger()
         self.ended: list[Span] = []
@@ -81,7 +88,9 @@ class RayPool:
     def get(self, refs: Sequence[Ref]) -> list[Any]:
         for ref in refs:
             want(ref.call)
-        self.engine.wait(lambda: all(ref.call.done for ref in refs), self._waited)
+        self.engine.wait(lambda: all(ref.call.done for ref in refs) or self._broken(refs), self._waited)
+        if self._broken(refs):
+            raise self._why_broken(next(ref.call.failure for ref in refs if ref.call.failure))
         return [self._value(ref) for ref in refs]
 
     def spans(self) -> list[Span]:
@@ -159,8 +168,6 @@ class RayPool:
     def _value(self, ref: Ref) -> Any:
         while True:
             if ref.call.failure is not None:
-                if self.together is not None:  # this may come of another rank's death: the run must hear of that one
-                    self.engine.wait(lambda: not any(worker.running for worker in self.workers), self._waited)
                 raise raised(ref.call.failure)
             if ref.object is None:
                 return ref.value
@@ -169,6 +176,20 @@ class RayPool:
             except ObjectLostError as error:
                 self._lost(ref.call, [ref], error)
                 self.engine.wait(lambda: ref.call.done, self._waited)
+
+    def _broken(self, refs: Sequence[Ref]) -> bool:
+        """Whether a rank failed: the others may wait for it, in an exchange, for half an hour."""
+        return self.together is not None and any(ref.call.failure for ref in refs)
+
+    def _why_broken(self, failure: Failure) -> BaseException:
+        """Raises `LearnersLost` where it came of the death of another rank."""
+        end = time.monotonic() + NEWS_S
+        self.engine.wait(
+            lambda: time.monotonic() > end or not any(worker.running for worker in self.workers), self._waited
+        )
+        if exchange_failed(failure.error):
+            return LearnersLost(f"the learners lost each other: {in_words(failure.error)}")
+        return raised(failure)
 
     def _waited(self, start: float, end: float) -> None:
         if end - start > LONG_WAIT_S:
@@ -205,8 +226,13 @@ class RayPool:
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
             elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
                 self._died(worker, f"it did not answer for {limits.ping_timeout_s:g} s")
-            elif worker.busy and self.together is None and now - worker.since > limits.call_timeout_s:
+            elif self._may_be_late(worker) and now - worker.since > limits.call_timeout_s:
                 self._died(worker, f"it took more than {limits.call_timeout_s:g} s for {worker.deed}")
+        self.vacancy.watch(all(worker.actor is None for worker in self.workers), limits.machine_timeout_s)
+
+    def _may_be_late(self, worker: Worker) -> bool:
+        """An update takes as long as it takes."""
+        return worker.starting is not None or (self.together is None and bool(worker.running))
 
     # --- life of a worker
 
@@ -224,10 +250,7 @@ class RayPool:
             if self.spares is not None and worker.births:
                 spare = self.spares.take(self.placement.machine(self.role, worker.index))
             worker.begin(self.placement.options(self.role, worker.index), spare)
-        try:
-            more = self.together(workers) if self.together is not None else [() for _ in workers]
-        except DEAD as error:
-            raise LearnersLost(f"the learners did not start: {in_words(error)}") from error
+        more = self.together(workers) if self.together is not None else [() for _ in workers]
         for worker, args in zip(workers, more, strict=True):
             worker.starting = worker.actor.setup.remote(self.setups[worker.index], *args)
             if self.logs is not None:
@@ -238,10 +261,12 @@ class RayPool:
             return  # it died of something else in the meantime
         try:
             where, failure = ray.get(found)
-        except DEAD as error:
+        except RayError as error:  # also of what it was to be told by another one, the group's address
             return self._died(worker, in_words(error))
-        if failure is not None:
+        if failure is not None and worker.births == 1:
             raise raised(failure)
+        if failure is not None:  # the first one could start, so another may
+            return self._died(worker, in_words(failure.error))
         worker.starting, worker.untried, worker.where, worker.pinged = None, False, where, time.monotonic()
         if worker.births > 1:
             logger.warning("%s is back, as process %d on %s", worker.name, where.pid, where.node)
@@ -256,9 +281,13 @@ class RayPool:
         except DEAD as error:
             return self._died(worker, in_words(error))
         except (RayTaskError, ObjectLostError) as error:  # before the call began: an argument could not be had
+            if isinstance(getattr(error, "cause", None), MemoryError):
+                return self._died(worker, in_words(error))
             worker.running.popleft()
             worker.since = time.monotonic()
             return self._lost(running.call, [*running.call.inputs()], error)
+        if self.together is None and report.failure is not None and spent(report.failure.error):
+            return self._died(worker, in_words(report.failure.error))
         worker.running.popleft()
         worker.since = time.monotonic()
         if report.span is not None:
@@ -270,7 +299,8 @@ class RayPool:
         if call.sets is None:
             worker.finished, worker.deaths = True, 0
         elif report.failure is not None and not call.dropped:
-            raise raised(report.failure)
+            lost = isinstance(report.failure.error, ObjectLostError)
+            raise LearnersLost(WEIGHTS_LOST) if lost else raised(report.failure)
         if call.dropped:
             return
         if report.failure is None:
@@ -323,7 +353,8 @@ class RayPool:
             call.deaths += number == 0 and fresh
             if call.deaths >= POISON:
                 raise WorkerFailure(
-                    f"{call.describe()} killed {POISON} fresh {self.role}s, the last of them {what}: {reason}"
+                    f"{call.describe()}, seed {self.seed}, killed {POISON} fresh {self.role}s, the last of them {what}: "
+                    f"{reason}"
                 )
             self.queue.put(call)
 
@@ -352,6 +383,8 @@ class RayPool:
         """Values that it needs went with their node: they are made again, and then it is."""
         if call.dropped:
             return
+        if call.sets is not None:
+            raise LearnersLost(WEIGHTS_LOST) from error
         call.losses += 1
         if call.losses > MAX_LOSSES or not isinstance(getattr(error, "cause", error), RayError):
             raise error
