@@ -138,7 +138,8 @@ def make_publisher(config: RunConfig, algorithm: Algorithm) -> Publisher:
 
         own: Any = Collective(names, runtime.max_staleness, runtime.canary_every)  # Ray's pools have what it needs
         return own
-    return ObjectStore(names, runtime.max_staleness, runtime.canary_every, shares(config))
+    joins = runtime.kind == "ray"
+    return ObjectStore(names, runtime.max_staleness, runtime.canary_every, shares(config), joins)
 
 
 def shares(config: RunConfig) -> bool:

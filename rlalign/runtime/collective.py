@@ -58,7 +58,7 @@ class Collective:
         timeout_s: float = 20.0,
         later: Callable[[Ref], Callable[[], Any]] = Later.of,
     ) -> None:
-        self.store = ObjectStore(names, max_staleness, canary_every)
+        self.store = ObjectStore(names, max_staleness, canary_every, joins=True)
         self.timeout_s, self.later = timeout_s, later
         self.generation = self.size = 0  # of the group that stands; fewer than 2: there is none
         self.server: TCPStore | None = None  # where members find each other; in the driver, which outlives them

@@ -54,7 +54,7 @@ class RuntimeConfig(Settings):
     transport: Literal["object_store", "collective"] = "object_store"
     """How weights reach samplers; collective is a private group per set of live samplers, with the store behind it."""
     canary_every: int = Field(default=10, ge=0)
-    """Versions between two checks that samplers predict what the learner predicts; 0: only at the start."""
+    """Versions between two checks that samplers predict what the learner predicts; 0: only their first version."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
     """A sampler or scorer that works on one unit for longer is replaced, and any worker that takes longer to start."""
     ping_timeout_s: float = Field(default=30.0, gt=0)

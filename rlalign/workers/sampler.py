@@ -45,6 +45,7 @@ class Sampler:
         self.shares = shares  # the learner's own network: publishing is a version number
         self.version = 0 if shares else None
         self.canary, self.broadcast = Canary(policy, noise), Broadcast()
+        self.compared = False  # with the learner's canary, ever
         self.encoded: OrderedDict[tuple[str, ...], tuple[Cond, Cond | None]] = OrderedDict()
 
     @torch.no_grad()
@@ -109,8 +110,9 @@ class Sampler:
         for name in names - {"policy", *policy.copies}:
             policy.keep(name)
         manifest.copy(buckets, {name: policy.weights(name) for name in names})
-        if manifest.canary is not None:
+        if manifest.canary is not None and (manifest.canary_due or not self.compared):
             self.canary.check(manifest.canary, self.sample_with)
+            self.compared = True
 
     def initial_noise(self, unit: Unit, settings: RolloutConfig, keep: bool = False) -> Tensor:
         """[B, *L] float32: the latents that the unit's rows start from; those of its chains when steps are kept."""

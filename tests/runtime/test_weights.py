@@ -12,6 +12,7 @@ from rlalign.mdp.noise import Noise
 from rlalign.runtime.collective import Collective
 from rlalign.runtime.local import LocalPool
 from rlalign.runtime.weights import ObjectStore
+from rlalign.workers.canary import Mismatch
 from rlalign.workers.sampler import Sampler
 from tests.runtime import members
 from tests.runtime.members import ProcessPool
@@ -65,6 +66,27 @@ def test_the_canary_sings_first_and_then_now_and_then(
         samplers.workers[0].canary.check = lambda expected, variant, version=version: sung.append(version)
         publisher.publish(learners, samplers, version)
     assert sung == checked
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_sampler_that_joins_later_compares_its_first_version(pools: tuple[LocalPool, LocalPool], joins: bool) -> None:
+    learners, samplers = pools
+    publisher, sung = ObjectStore(["policy"], canary_every=10, joins=joins), []
+    publisher.publish(learners, samplers, 3)
+    given = samplers.workers[0].receive
+    samplers.workers[0].receive = lambda *version: sung.append(version) or given(*version)
+    samplers.workers[0].canary.check = lambda expected, variant: pytest.fail("it compared one before")
+    publisher.publish(learners, samplers, 4)
+    ((manifest, buckets),) = sung
+    stranger = Sampler(policy(), Noise(1), "policy", keep_steps=True, shares=False)
+    if not joins:
+        assert manifest.canary is None
+        return
+    with pytest.raises(Mismatch):  # as would another base model
+        stranger.receive(manifest, buckets)
+    assert stranger.version is None
+    late = Sampler(policy(), Noise(0), "policy", keep_steps=True, shares=False)
+    assert late.receive(manifest, buckets)["version"] == 4
 
 
 def test_a_sampler_that_holds_something_else_is_named(pools: tuple[LocalPool, LocalPool]) -> None:
