@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ray.exceptions import ObjectLostError
 from torch import Tensor
 
 from rlalign.types import Unit
@@ -49,6 +50,8 @@ class Faulty:
     def hold(self, weights: Any) -> Any:
         if weights == "dies once" and self.once("hold"):
             os.kill(os.getpid(), signal.SIGKILL)
+        if weights == "lost":
+            raise ObjectLostError("0" * 56, b"", "")  # what a worker gets that fetches them itself
         self.weights = weights
         return weights
 
@@ -77,12 +80,39 @@ class Faulty:
     def complains(self, words: str) -> None:
         raise ValueError(words)
 
-    def allocates(self, gib: float) -> int:
-        return len(bytearray(int(gib * 2**30)))
+    def leaks(self, gib: float) -> int:
+        self.made.append(bytearray(int(gib * 2**30)))
+        return len(self.made)
+
+
+class Rank(Faulty):
+    """Of a group; the second one hangs at its first start."""
+
+    def __init__(self, folder: Path, rank: int, size: int, address: str) -> None:
+        super().__init__(folder)
+        self.rank = rank
+        if rank == 1 and self.once("start"):
+            time.sleep(10_000)
+
+    def loses_the_other(self) -> None:
+        raise RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer")
+
+    def fails_alone(self) -> None:
+        if self.rank == 0:
+            time.sleep(10_000)  # as in an exchange that the other one never comes to
+        raise ValueError("this rank is full")
 
 
 def faulty(folder: Path) -> Faulty:
     return Faulty(folder)
+
+
+def faulty_third(folder: Path) -> Faulty:
+    """The third process has bad luck when it starts."""
+    worker = Faulty(folder)
+    if next(number for number in range(100) if worker.once(f"start-{number}")) == 2:
+        raise OSError("the disk is away")
+    return worker
 
 
 def broken(folder: Path) -> Faulty:
