@@ -74,9 +74,11 @@ def killed_run(words: Sequence[str], run: Path, steps: int, kills: int, seed: in
 
 
 def result(run: Path) -> tuple[str, list[dict[str, Any]]]:
-    """SHA-256 of the final checkpoint's tensors, and all metrics but times."""
+    """SHA-256 of the final checkpoint's tensors, those in parts too, and all metrics but times."""
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(newest.glob("*.safetensors")))).hexdigest()
+    files = sorted(newest.rglob("*.safetensors"))
+    assert files, f"{newest} holds no tensors"
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return digest, [{k: v for k, v in row.items() if not of_the_clock(k)} for row in rows]
 

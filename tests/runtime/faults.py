@@ -3,6 +3,7 @@
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,18 +125,68 @@ def stillborn(folder: Path) -> Faulty:
     raise AssertionError
 
 
-def sampler_that_dies_while_weights_arrive(tree: dict[str, Any], run: str) -> Any:
-    """The real one; whoever is first to be given version 2 dies of it, and leaves a file in the run directory."""
+def dying_sampler(tree: dict[str, Any], run: str, steps: Sequence[int] = ()) -> Any:
+    """The real one. Who is first to be given version 2 dies of it, and who is first at a unit of one of the ``steps``.
+
+    Files in the run directory tell of each death.
+    """
     from rlalign import build
 
     sampler = build.sampler_from(tree)
-    receive, mark = sampler.receive, Path(run) / "died-while-weights-arrived"
+    receive, sample = sampler.receive, sampler.sample
 
-    def dies(manifest: Any, buckets: Any) -> Any:
-        if manifest.version == 2 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+    def receives(manifest: Any, buckets: Any) -> Any:
+        if manifest.version == 2:
+            once(Path(run) / "died-while-weights-arrived", signal.SIGKILL)
         return receive(manifest, buckets)
 
-    sampler.receive = dies
+    def samples(unit: Unit, *args: Any) -> Any:
+        if unit.purpose == "rollout" and unit.step in steps:
+            once(Path(run) / f"died-at-step-{unit.step}", signal.SIGKILL)
+        return sample(unit, *args)
+
+    sampler.receive, sampler.sample = receives, samples
     return sampler
+
+
+def stopping_scorer(tree: dict[str, Any], run: str, step: int) -> Any:
+    """The real one, stopped (SIGSTOP) when it is at this step for the first time."""
+    from rlalign import build
+
+    scorer = build.scorer_from(tree)
+    score = scorer.score
+
+    def scores(images: Tensor, unit: Unit, *args: Any) -> Any:
+        if unit.purpose == "rollout" and unit.step == step:
+            once(Path(run) / "scorer-stopped", signal.SIGSTOP)
+        return score(images, unit, *args)
+
+    scorer.score = scores
+    return scorer
+
+
+def dying_learner(
+    tree: dict[str, Any], rank: int, size: int, address: str, *, run: str, doomed: int, version: int
+) -> Any:
+    """The real one; rank ``doomed`` dies when it is to update this version for the first time."""
+    from rlalign import build
+
+    learner = build.learner_from(tree, rank, size, address)
+    update = learner.update
+
+    def updates(trajectories: Any, advantages: Any, number: int, *args: Any) -> Any:
+        if rank == doomed and number == version:
+            once(Path(run) / "learner-died", signal.SIGKILL)
+        return update(trajectories, advantages, number, *args)
+
+    learner.update = updates
+    return learner
+
+
+def once(mark: Path, number: int) -> None:
+    """This process gets the signal, unless the file is there; it is afterwards."""
+    try:
+        mark.touch(exist_ok=False)
+    except FileExistsError:
+        return
+    os.kill(os.getpid(), number)
