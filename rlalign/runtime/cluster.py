@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from rlalign.runtime import wire
@@ -24,6 +26,8 @@ from rlalign.runtime.spares import Spares
 from rlalign.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
+
+KEPT_SESSIONS = 10
 
 
 class RayRuntime:
@@ -127,7 +131,9 @@ def connect(config: RuntimeConfig) -> None:
         if address is None:
             os.environ.setdefault("RAY_worker_niceness", "0")  # else anything else here starves them
             cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
-            ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(private_folder("own")), **quiet)
+            folder = private_folder("own")
+            sweep(folder)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
             return
         _require_somebody(address)
         try:
@@ -136,6 +142,14 @@ def connect(config: RuntimeConfig) -> None:
             words = " ".join(str(error).split())[:200]
             secret = f"the token in use is {source()}"
             raise ValueError(f"cannot connect to the Ray cluster {address}; {secret}: {words}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Removes what Ray left there of earlier runs, but for the newest ones' logs; no run that still goes on."""
+    sessions = sorted(path for path in folder.glob("session_*_*") if not path.is_symlink())  # named by date and pid
+    for path in sessions[:-KEPT_SESSIONS]:
+        if not psutil.pid_exists(int(path.name.rpartition("_")[2])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_somebody(address: str) -> None:

@@ -18,6 +18,7 @@ from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.candidates import Tree, candidates
 from rlalign.workers.recordings import recorded
+from rlalign.workers.shown import shown
 from rlalign.workers.weights import Manifest
 
 Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
@@ -71,6 +72,10 @@ class Sampler:
             latents = self.initial_noise(unit, plan, keep) if initial is None else initial
             trajectory = self._trajectory(unit, plan, keep, latents)
             return trajectory, self._pictures(trajectory.final)
+
+    def show(self, unit: Unit, settings: RolloutConfig, weights: Variant) -> Tensor:
+        """The unit's pictures for a grid, [B, 3, h, w] uint8."""
+        return shown(self.sample(unit, settings, weights)[1])
 
     def receive(self, manifest: Manifest, buckets: Buckets) -> dict[str, int]:
         """Takes over published weights, after checking that all of them came through; answers what it now holds.
