@@ -181,7 +181,6 @@ def one_step(pipeline: Pipeline, used: tuple[Any, Any, Any]) -> tuple[float, flo
     batch = pipeline.take()
     scores = gather(scoring, batch)
     learning.get(learning.scatter("update", deal(batch, scores.total, scores.valid, 1, 1)))
-    pipeline.release()
     step = time.perf_counter() - started
     waited = sum(span.end - span.start for pool in used for span in pool.spans() if span.worker == DRIVER)
     return step, step - waited

@@ -66,7 +66,7 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     from rlalign.runtime.cluster import RayRuntime
 
     wanted = config.runtime
-    runtime = RayRuntime(wanted)
+    runtime = RayRuntime(wanted, config.seed)
     tree = movable(config.tree(), Path.cwd()) if runtime.uploaded else config.tree()
     runtime.keep_spares(partial(warm_up, tree))
     try:
@@ -102,7 +102,7 @@ def sampler_from(tree: Tree) -> Sampler:
 
 
 def scorer_from(tree: Tree) -> Scorer:
-    return make_scorer(resolve(tree, Path(), "config.yaml"))
+    return Scorer(resolve(tree, Path(), "config.yaml").rewards, replaceable=True)
 
 
 def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
@@ -140,7 +140,8 @@ def make_publisher(config: RunConfig, algorithm: Algorithm) -> Publisher:
 
         own: Any = Collective(names, runtime.max_staleness, runtime.canary_every)  # Ray's pools have what it needs
         return own
-    return ObjectStore(names, runtime.max_staleness, runtime.canary_every, shares(config))
+    joins = runtime.kind == "ray"
+    return ObjectStore(names, runtime.max_staleness, runtime.canary_every, shares(config), joins)
 
 
 def shares(config: RunConfig) -> bool:

@@ -73,13 +73,13 @@ def train(parts: Parts, cfg: LoopSettings, recorder: Recorder, stop: Callable[[]
         parts.publisher.publish(parts.learners, parts.samplers, version=step + 1)
         if cfg.evaluation.due(step, cfg.steps) and "kl" not in metrics:
             (metrics["kl"], *_) = parts.learners.get(parts.learners.broadcast("drift", batch.trajectories[:1]))
+        del batch, shares  # what they refer to may go before others are sampled
         recorder.step(step, scores, metrics | told, Readings.of(parts.pools, scores.stats))
         judge(parts, cfg, recorder, step + 1)
         last, stopping = step + 1 == cfg.steps, stop()
         recorder.commit(lambda: snapshot(parts), partial(save_learners, parts), now=last or stopping)
         if stopping and not last:
             raise Stopped
-        pipeline.release()
     parts.publisher.settle(parts.samplers)
 
 

@@ -48,21 +48,14 @@ class Pipeline:
         self.steps = iter(steps)
         self.slots = max_staleness + 1
         self.under_way: deque[Batch] = deque()
-        self.taken = 0
 
     def take(self) -> Batch:
-        """The oldest batch; its slot stays taken until ``release``."""
+        """The oldest batch. The one before is used up: its slot starts on the weights published last."""
         self._launch()
-        self.taken = 1
         return self.under_way.popleft()
 
-    def release(self) -> None:
-        """The batch that was taken is used up: the freed slot starts on the weights published last."""
-        self.taken = 0
-        self._launch()
-
     def _launch(self) -> None:
-        while len(self.under_way) + self.taken < self.slots:
+        while len(self.under_way) < self.slots:
             step = next(self.steps, None)
             if step is None:
                 return

@@ -30,7 +30,7 @@ from rlalign.models.embeddings import Embeddings
 from rlalign.models.lora import reference_weights
 from rlalign.models.memory import Offloaded
 from rlalign.settings import Settings
-from rlalign.sharding import cut, gathered, shard, swap
+from rlalign.sharding import cut, shard, swap
 from rlalign.types import Cond, Encoded, Level, Prompt, Schedule, Size, Trajectory
 
 Variant = Literal["policy", "old", "ema", "reference", "start", "teacher", "anchor"]
@@ -280,10 +280,6 @@ class Policy:
     def weights(self, name: str) -> dict[str, Tensor]:
         """The tensors themselves, by parameter name; not copies."""
         return {key: p.data for key, p in self.parameters.items()} if name == "policy" else self.copies[name]
-
-    def full_weights(self, name: str) -> dict[str, Tensor]:
-        """As ``weights``; where they are sharded gathered on every rank, and all ranks have to ask at the same time."""
-        return {key: gathered(t) for key, t in self.weights(name).items()} if self.sharded else self.weights(name)
 
     @torch.no_grad()
     def load(self, name: str, tensors: dict[str, Tensor]) -> None:

@@ -1,6 +1,7 @@
 """The loop on analytic data, from run files, in process: what must not change the numbers does not."""
 
 import json
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ from rlalign.pipeline import Pipeline, split
 from rlalign.reporting.recorder import Recorder
 from rlalign.reporting.watch import Watch, WatchConfig
 from rlalign.rundir import open_run
-from rlalign.types import Prompt
+from rlalign.types import Prompt, Unit
+from rlalign.workers.sampler import Sampler
 
 REWARD = """
 def first(images, prompts):
@@ -176,6 +178,24 @@ def test_a_batch_split_over_samplers_is_the_same_batch(place: Path) -> None:
             [torch.cat([getattr(t, name) for t in trajectories]) for name in ("final", "x", "x_next", "log_probs")]
         )
     assert all(torch.equal(a, b) for other in finals[1:] for a, b in zip(finals[0], other, strict=True))
+
+
+def test_a_batch_is_let_go_before_the_next_is_sampled(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[int, weakref.ref[Tensor]]] = []
+    held: set[tuple[str, int, int]] = set()  # purpose and step of what is sampled, and an older step still held then
+    sample = Sampler.sample
+
+    def watched(self: Sampler, unit: Unit, *args: Any) -> Any:
+        older = [step for step, final in made if (unit.purpose, step) != ("rollout", unit.step) and final() is not None]
+        held.update((unit.purpose, unit.step, step) for step in older)
+        trajectory, images = sample(self, unit, *args)
+        if unit.purpose == "rollout":
+            made.append((unit.step, weakref.ref(trajectory.final)))
+        return trajectory, images
+
+    monkeypatch.setattr(Sampler, "sample", watched)
+    run(place, "a")
+    assert {step for step, _ in made} == set(range(5)) and not held
 
 
 def test_units_are_whole_groups_that_fill_micro_batches() -> None:

@@ -71,6 +71,7 @@ def _train(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run
     folder = current.files.path
     verb = "going on" if current.step else "starting"
     print(f"{verb} at step {current.step} of {config.steps} in {folder}", flush=True)
+    _say_inexact(config, current.step)
     try:
         _loop(config, parts, settings, current, asked)
     except Stopped:
@@ -98,17 +99,35 @@ def _loop(config: RunConfig, parts: Parts, settings: LoopSettings, current: Run,
         while True:
             recorder = _recorder(config, current, display)
             try:
+                if losses:
+                    parts = _recovered(config, parts)
                 return run_loop(parts, settings, recorder, asked.stop)
             except LearnersLost as error:
                 losses = losses + 1 if current.go_back() == 0 else 1
                 if losses > config.runtime.restarts:
                     raise
                 print(f"warning: {error}; going on from step {current.step} with new learners", file=sys.stderr)
-                parts.runtime.recover()
-                parts.publisher.forget()
-                parts = replace(parts, algorithm=make_algorithm(config))
+                _say_inexact(config, current.step)
             finally:
                 recorder.close()
+
+
+def _recovered(config: RunConfig, parts: Parts) -> Parts:
+    """With new learners, which may be lost again before they are up."""
+    parts.runtime.recover()
+    parts.publisher.forget()
+    return replace(parts, algorithm=make_algorithm(config))
+
+
+def _say_inexact(config: RunConfig, step: int) -> None:
+    """On going on after a break: the weights that batches under way were sampled under are not in checkpoints."""
+    stale = config.runtime.max_staleness
+    if stale and step:
+        print(
+            f"warning: with runtime.max_staleness {stale} the next {stale} steps are sampled under newer weights than"
+            " in an unbroken run, so the numbers are not those of one",
+            file=sys.stderr,
+        )
 
 
 def _recorder(config: RunConfig, current: Run, display: "Display") -> Recorder:

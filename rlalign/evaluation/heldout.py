@@ -52,7 +52,7 @@ class EvaluationConfig(Settings):
 @dataclass(frozen=True, slots=True)
 class Evaluation:
     metrics: dict[str, float]  # under their names without the eval/ in front
-    pictures: Tensor  # [prompts, G, (F,) 3, H, W] uint8: a few groups, the same ones as were judged
+    pictures: Tensor  # [prompts, G, 3, h, w] uint8: a few groups, the same ones as were judged, as grids show them
     captions: list[str]
 
 
@@ -80,7 +80,7 @@ def evaluate(
             seen(*samplers.get([image]))
     shown = evenly(len(chosen), GRID_PROMPTS)
     unit = Unit(0, shown, tuple(chosen[group] for group in shown), samples, "evaluation")
-    (pictures,) = samplers.get([samplers.submit("sample", unit, plan, settings.weights, returns=2)[1]])
+    (pictures,) = samplers.get([samplers.submit("show", unit, plan, settings.weights)])
     return Evaluation(summary(scores), pictures.unflatten(0, (-1, samples)), [prompt.text for prompt in unit.prompts])
 
 

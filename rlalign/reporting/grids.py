@@ -4,23 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib as mpl
-import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn.functional import interpolate
 
 from rlalign.files import in_words
+from rlalign.workers.shown import shown
 
-CELL = (96, 256)
-"""Pixels a picture should have on the shorter and at most on the longer side, to be seen and to stay small."""
+SHORTEST = 96  # pixels that a picture's shorter side should have, to be seen; see `shown` for the longer one
 GAP, MARGIN, TEXT, LINES = 4, 12, 13, 2
 INK, PAPER = "#24292f", "#ffffff"
 
 
 def save_grid(images: Tensor, captions: Sequence[str], path: Path) -> None:
     """uint8 images [P, G, 3, H, W] (of videos [P, G, F, 3, H, W] the middle frame) with a caption for each row."""
-    if images.ndim == 6:
-        images = images[:, :, images.shape[2] // 2]
     assert len(images) == len(captions), f"{len(captions)} captions for {len(images)} rows"
     rows = [_row(group, caption) for group, caption in zip(images.cpu(), captions, strict=True)]
     _save(_stacked(rows), path)
@@ -65,7 +62,7 @@ def _step(path: Path) -> int:
 
 
 def _row(group: Tensor, caption: str) -> Image.Image:
-    """[G, 3, H, W] beside each other, the caption above."""
+    """[G, (F,) 3, H, W] beside each other, the caption above."""
     cells = [Image.fromarray(picture.movedim(0, -1).numpy()) for picture in _viewable(group)]
     width = sum(cell.width for cell in cells) + GAP * (len(cells) - 1)
     text = _text(caption, width)
@@ -78,11 +75,8 @@ def _row(group: Tensor, caption: str) -> Image.Image:
 
 def _viewable(group: Tensor) -> Tensor:
     """Small pictures enlarged by a whole number, so that pixels stay what they are; big ones reduced."""
-    short, long = min(group.shape[-2:]), max(group.shape[-2:])
-    if long > CELL[1]:
-        size = [round(side * CELL[1] / long) for side in group.shape[-2:]]
-        return interpolate(group.float(), size, mode="area").round().to(torch.uint8)
-    return interpolate(group, scale_factor=max(1, -(-CELL[0] // short)), mode="nearest")
+    small = shown(group)
+    return interpolate(small, scale_factor=max(1, -(-SHORTEST // min(small.shape[-2:]))), mode="nearest")
 
 
 def _text(words: str, width: int) -> Image.Image:

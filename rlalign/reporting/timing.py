@@ -19,6 +19,7 @@ ROLES = (DRIVER, "sampler", "scorer", "learner")
 PHASES = ("rollout", "reward", "update", "publish")
 KINDS = {
     "sample": "rollout",
+    "show": "rollout",
     "score": "reward",
     "update": "update",
     "publish": "publish",

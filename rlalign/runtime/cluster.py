@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 
 from rlalign.runtime import wire
@@ -17,6 +19,7 @@ from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import Engine
 from rlalign.runtime.host import GIB, Setup
 from rlalign.runtime.placement import Placement
+from rlalign.runtime.pool import LearnersLost
 from rlalign.runtime.processes import answers, private_folder
 from rlalign.runtime.ray import RayPool
 from rlalign.runtime.spares import Spares
@@ -24,12 +27,15 @@ from rlalign.runtime.worker import Worker
 
 logger = logging.getLogger(__name__)
 
+KEPT_SESSIONS = 10
+
 
 class RayRuntime:
     """Connects, reserves machines, and starts workers; ValueError, one sentence, when that cannot be."""
 
-    def __init__(self, config: RuntimeConfig) -> None:
-        self.config = config
+    def __init__(self, config: RuntimeConfig, seed: int = 0) -> None:
+        """``seed``: of the run, for messages."""
+        self.config, self.seed = config, seed
         self.spares: Spares | None = None
         self.pools: list[RayPool] = []
         self.connected = not ray.is_initialized()
@@ -57,7 +63,7 @@ class RayRuntime:
         """Workers that are one torch.distributed group: ``make(rank, size, address)``, the address told by rank 0."""
 
         def ranks(workers: list[Worker]) -> list[tuple[Any, ...]]:
-            where = ray.get(workers[0].actor.run.remote(address)) if count > 1 else ""
+            where = workers[0].actor.run.remote(address) if count > 1 else ""  # Ray hands its value to their setups
             return [(rank, count, where) for rank in range(count)]
 
         return self._pool(role, make, count, ranks, None)
@@ -69,7 +75,13 @@ class RayRuntime:
 
     def wait_until_up(self) -> None:
         """All that have a place are up; what one of them complains of is raised here."""
-        self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+        for left in reversed(range(self.config.restarts + 1)):
+            try:
+                return self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+            except LearnersLost:
+                if not left:
+                    raise
+                self.recover()
 
     def members(self) -> list[dict[str, Any]]:
         return [member for pool in self.pools for member in pool.members()]
@@ -100,7 +112,7 @@ class RayRuntime:
         gpus = self.placement.gpus(role)
         setups = [Setup(f"{role}-{index}", make, threads, gpus, memory_gib) for index in range(count)]
         spares = self.spares if together is None and gpus == 0 else None
-        pool = RayPool(self.engine, self.placement, self.config, role, setups, together, spares)
+        pool = RayPool(self.engine, self.placement, self.config, role, setups, together, spares, self.seed)
         self.pools.append(pool)
         return pool
 
@@ -119,7 +131,9 @@ def connect(config: RuntimeConfig) -> None:
         if address is None:
             os.environ.setdefault("RAY_worker_niceness", "0")  # else anything else here starves them
             cpus = max(os.cpu_count() or 1, round(cpus_wanted(config) + 0.5))
-            ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(private_folder("own")), **quiet)
+            folder = private_folder("own")
+            sweep(folder)
+            ray.init("local", num_cpus=cpus, include_dashboard=False, _temp_dir=str(folder), **quiet)
             return
         _require_somebody(address)
         try:
@@ -128,6 +142,14 @@ def connect(config: RuntimeConfig) -> None:
             words = " ".join(str(error).split())[:200]
             secret = f"the token in use is {source()}"
             raise ValueError(f"cannot connect to the Ray cluster {address}; {secret}: {words}") from error
+
+
+def sweep(folder: Path) -> None:
+    """Removes what Ray left there of earlier runs, but for the newest ones' logs; no run that still goes on."""
+    sessions = sorted(path for path in folder.glob("session_*_*") if not path.is_symlink())  # named by date and pid
+    for path in sessions[:-KEPT_SESSIONS]:
+        if not psutil.pid_exists(int(path.name.rpartition("_")[2])):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _require_somebody(address: str) -> None:

@@ -10,7 +10,7 @@ from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsa
 
 from rlalign.runtime.pool import Pool, Ref
 from rlalign.runtime.weights import ObjectStore
-from rlalign.workers.group import Group
+from rlalign.workers.group import own_address
 from rlalign.workers.weights import Manifest
 
 logger = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Collective:
         timeout_s: float = 20.0,
         later: Callable[[Ref], Callable[[], Any]] = Later.of,
     ) -> None:
-        self.store = ObjectStore(names, max_staleness, canary_every)
+        self.store = ObjectStore(names, max_staleness, canary_every, joins=True)
         self.timeout_s, self.later = timeout_s, later
         self.generation = self.size = 0  # of the group that stands; fewer than 2: there is none
         self.server: TCPStore | None = None  # where members find each other; in the driver, which outlives them
@@ -96,9 +96,9 @@ class Collective:
         if size < 2:
             return False
         if self.server is None:
-            host, _, port = Group.address().rpartition(":")
-            self.address = host, int(port)
-            self.server = TCPStore(*self.address, is_master=True, wait_for_workers=False)
+            host = own_address()
+            self.server = TCPStore(host, 0, is_master=True, wait_for_workers=False)
+            self.address = host, self.server.port
         self.generation += 1
         args = self.address, self.generation, size, self.timeout_s
         found = self._ask(learners, samplers, 2 * self.timeout_s, "join", *args)

@@ -54,13 +54,15 @@ class RuntimeConfig(Settings):
     transport: Literal["object_store", "collective"] = "object_store"
     """How weights reach samplers; collective is a private group per set of live samplers, with the store behind it."""
     canary_every: int = Field(default=10, ge=0)
-    """Versions between two checks that samplers predict what the learner predicts; 0: only at the start."""
+    """Versions between two checks that samplers predict what the learner predicts; 0: only their first version."""
     call_timeout_s: float = Field(default=1800.0, gt=0)
-    """A sampler or scorer that works on one unit for longer is replaced."""
+    """A sampler or scorer that works on one unit for longer is replaced, and any worker that takes longer to start."""
     ping_timeout_s: float = Field(default=30.0, gt=0)
     """A process that does not answer for so long is replaced."""
     restarts: int = Field(default=5, ge=0)
     """How often in a row a worker may die without finishing anything, and the learners without a checkpoint."""
+    machine_timeout_s: float = Field(default=3600.0, gt=0)
+    """Without a machine for any sampler, any scorer or the learners, the run says so every minute, and then ends."""
     spares: bool = True
     """Keep one more process on every machine, which has imported everything and follows a sampler or scorer that dies;
     for workers without a GPU."""

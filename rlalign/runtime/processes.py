@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import platform
+import random
 import socket
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -283,9 +285,8 @@ def _free(port: int) -> bool:
 
 
 def _any_free() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """Drawn from where neither Ray's workers nor outgoing connections take theirs: it should still be free when used."""
+    return next(port for port in iter(partial(random.randint, 20_000, 32_000), None) if _free(port))
 
 
 def answers(address: str) -> bool:

@@ -4,9 +4,7 @@ Whatever happens to workers, the values are those of a calm run: a call is a fun
 weights that its worker holds, and `hold` makes those the ones that were there when the call was submitted.
 """
 
-import heapq
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,22 +13,28 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayError, RayTaskError
 
-from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, refs_in, with_slots
+from rlalign.runtime.calls import Call, Hold, Ledger, Ref, makers_of_lost, with_slots
 from rlalign.runtime.config import RuntimeConfig
 from rlalign.runtime.engine import PING_EVERY_S, Engine, Event, end, make_again, want
-from rlalign.runtime.host import Report, Setup
+from rlalign.runtime.host import Failure, Report, Setup
 from rlalign.runtime.placement import Placement
 from rlalign.runtime.pool import DRIVER, WAIT, LearnersLost, WorkerFailure
+from rlalign.runtime.queue import Queue
 from rlalign.runtime.spares import Spares
-from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, value_or_error
+from rlalign.runtime.vacancy import Vacancy
+from rlalign.runtime.worker import DEAD, Object, Running, Worker, in_words, raised, spent, value_or_error
 from rlalign.types import Span
+from rlalign.workers.group import exchange_failed
 
 logger = logging.getLogger(__name__)
 
 POISON = 3  # fresh workers that one call may kill
 MAX_LOSSES = 10  # times that a call's arguments may be lost
 ASK_AGAIN_S = 1.0  # for machines that are not there yet
+NEWS_S = 10.0  # until the death of a rank is known, if it is why another one failed
 LONG_WAIT_S = 1e-3  # shorter ones are not worth a span
+
+WEIGHTS_LOST = "the published weights went with the machine of the learners"
 
 Start = Callable[["list[Worker]"], "list[tuple[Any, ...]]"]
 """What the setups of these new processes are given besides their `Setup`."""
@@ -48,14 +52,14 @@ class RayPool:
         setups: Sequence[Setup],
         together: Start | None = None,
         spares: Spares | None = None,
+        seed: int = 0,
     ) -> None:
-        self.engine, self.placement, self.config, self.role = engine, placement, config, role
+        self.engine, self.placement, self.config, self.role, self.seed = engine, placement, config, role, seed
         self.setups, self.together, self.spares = setups, together, spares
         self.size = len(setups)
         self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
-        self.ready: list[Call] = []  # a heap: calls for any worker
-        self.holding: Hold | None = None
-        self.acknowledgements: dict[tuple[int, int], Call] = {}  # of a hold, by a worker
+        self.vacancy = Vacancy(role, placement.complaint)
+        self.queue = Queue(lambda hold, worker: self._new(hold.method, hold.args, 1, worker, sets=hold))
         self.ledger = Ledger()
         self.ended: list[Span] = []
         self.restarts = self.reissued = 0
@@ -78,19 +82,15 @@ class RayPool:
 
     def hold(self, method: str, *args: Any) -> list[Ref]:
         """A worker that dies before it answers gives None; it makes the call when it is back."""
-        self.holding = hold = Hold(method, args)
-        refs: list[Ref] = []
-        for worker in self.workers:
-            if worker.up or (worker.starting is not None and worker.births == 1):
-                call = self._new(method, args, 1, worker.index, sets=hold)
-                refs += call.new_refs()
-                self.acknowledgements[id(hold), worker.index] = call
-        return refs
+        told = [worker.index for worker in self.workers if worker.up or (worker.starting and worker.births == 1)]
+        return [ref for call in self.queue.hold(Hold(method, args), told) for ref in call.new_refs()]
 
     def get(self, refs: Sequence[Ref]) -> list[Any]:
         for ref in refs:
             want(ref.call)
-        self.engine.wait(lambda: all(ref.call.done for ref in refs), self._waited)
+        self.engine.wait(lambda: all(ref.call.done for ref in refs) or self._broken(refs), self._waited)
+        if self._broken(refs):
+            raise self._why_broken(next(ref.call.failure for ref in refs if ref.call.failure))
         return [self._value(ref) for ref in refs]
 
     def spans(self) -> list[Span]:
@@ -142,10 +142,8 @@ class RayPool:
 
     def forget(self) -> None:
         """Nobody waits any more for what was submitted. Workers finish what they are at."""
-        self.ready.clear()
-        self.acknowledgements.clear()
+        self.queue.forget()
         for worker in self.workers:
-            worker.pinned.clear()
             for running in worker.running:
                 running.call.dropped = True
 
@@ -165,16 +163,11 @@ class RayPool:
         self, method: str, args: tuple[Any, ...], returns: int, worker: int | None, sets: Hold | None = None
     ) -> Call:
         order = self.engine.next_order()
-        return Call(method, args, returns, order, self.ledger, self._enqueue, worker, self.holding, sets)
-
-    def _enqueue(self, call: Call) -> None:
-        heapq.heappush(self.ready if call.worker is None else self.workers[call.worker].pinned, call)
+        return Call(method, args, returns, order, self.ledger, self.queue.put, worker, self.queue.holding, sets)
 
     def _value(self, ref: Ref) -> Any:
         while True:
             if ref.call.failure is not None:
-                if self.together is not None:  # this may come of another rank's death: the run must hear of that one
-                    self.engine.wait(lambda: not any(worker.running for worker in self.workers), self._waited)
                 raise raised(ref.call.failure)
             if ref.object is None:
                 return ref.value
@@ -183,6 +176,20 @@ class RayPool:
             except ObjectLostError as error:
                 self._lost(ref.call, [ref], error)
                 self.engine.wait(lambda: ref.call.done, self._waited)
+
+    def _broken(self, refs: Sequence[Ref]) -> bool:
+        """Whether a rank failed: the others may wait for it, in an exchange, for half an hour."""
+        return self.together is not None and any(ref.call.failure for ref in refs)
+
+    def _why_broken(self, failure: Failure) -> BaseException:
+        """Raises `LearnersLost` where it came of the death of another rank."""
+        end = time.monotonic() + NEWS_S
+        self.engine.wait(
+            lambda: time.monotonic() > end or not any(worker.running for worker in self.workers), self._waited
+        )
+        if exchange_failed(failure.error):
+            return LearnersLost(f"the learners lost each other: {in_words(failure.error)}")
+        return raised(failure)
 
     def _waited(self, start: float, end: float) -> None:
         if end - start > LONG_WAIT_S:
@@ -204,9 +211,10 @@ class RayPool:
         if vacant and (self.together is None or len(vacant) == self.size):
             self._start(vacant)
         up = [worker for worker in self.workers if worker.up]
-        for depth in (1, 2) if len(self.ready) > len(up) else (1,):  # a second one hides the driver's latency
+        # A second one hides the driver's latency; near the end, a slow worker would keep it from those that are free.
+        for depth in (1, 2) if len(self.queue.ready) > 2 * len(up) else (1,):
             for worker in up:
-                while len(worker.running) < depth and (call := self._next(worker)) is not None:
+                while len(worker.running) < depth and (call := self.queue.next(worker, self.engine.full)) is not None:
                     self._send(worker, call)
 
     def watch(self) -> None:
@@ -218,8 +226,13 @@ class RayPool:
                 worker.ping, worker.pinged = worker.actor.ping.remote(), now
             elif worker.ping is not None and now - worker.pinged > limits.ping_timeout_s:
                 self._died(worker, f"it did not answer for {limits.ping_timeout_s:g} s")
-            elif worker.busy and self.together is None and now - worker.since > limits.call_timeout_s:
+            elif self._may_be_late(worker) and now - worker.since > limits.call_timeout_s:
                 self._died(worker, f"it took more than {limits.call_timeout_s:g} s for {worker.deed}")
+        self.vacancy.watch(all(worker.actor is None for worker in self.workers), limits.machine_timeout_s)
+
+    def _may_be_late(self, worker: Worker) -> bool:
+        """An update takes as long as it takes."""
+        return worker.starting is not None or (self.together is None and bool(worker.running))
 
     # --- life of a worker
 
@@ -237,10 +250,7 @@ class RayPool:
             if self.spares is not None and worker.births:
                 spare = self.spares.take(self.placement.machine(self.role, worker.index))
             worker.begin(self.placement.options(self.role, worker.index), spare)
-        try:
-            more = self.together(workers) if self.together is not None else [() for _ in workers]
-        except DEAD as error:
-            raise LearnersLost(f"the learners did not start: {in_words(error)}") from error
+        more = self.together(workers) if self.together is not None else [() for _ in workers]
         for worker, args in zip(workers, more, strict=True):
             worker.starting = worker.actor.setup.remote(self.setups[worker.index], *args)
             if self.logs is not None:
@@ -251,10 +261,12 @@ class RayPool:
             return  # it died of something else in the meantime
         try:
             where, failure = ray.get(found)
-        except DEAD as error:
+        except RayError as error:  # also of what it was to be told by another one, the group's address
             return self._died(worker, in_words(error))
-        if failure is not None:
+        if failure is not None and worker.births == 1:
             raise raised(failure)
+        if failure is not None:  # the first one could start, so another may
+            return self._died(worker, in_words(failure.error))
         worker.starting, worker.untried, worker.where, worker.pinged = None, False, where, time.monotonic()
         if worker.births > 1:
             logger.warning("%s is back, as process %d on %s", worker.name, where.pid, where.node)
@@ -269,9 +281,13 @@ class RayPool:
         except DEAD as error:
             return self._died(worker, in_words(error))
         except (RayTaskError, ObjectLostError) as error:  # before the call began: an argument could not be had
+            if isinstance(getattr(error, "cause", None), MemoryError):
+                return self._died(worker, in_words(error))
             worker.running.popleft()
             worker.since = time.monotonic()
             return self._lost(running.call, [*running.call.inputs()], error)
+        if self.together is None and report.failure is not None and spent(report.failure.error):
+            return self._died(worker, in_words(report.failure.error))
         worker.running.popleft()
         worker.since = time.monotonic()
         if report.span is not None:
@@ -283,7 +299,8 @@ class RayPool:
         if call.sets is None:
             worker.finished, worker.deaths = True, 0
         elif report.failure is not None and not call.dropped:
-            raise raised(report.failure)
+            lost = isinstance(report.failure.error, ObjectLostError)
+            raise LearnersLost(WEIGHTS_LOST) if lost else raised(report.failure)
         if call.dropped:
             return
         if report.failure is None:
@@ -325,13 +342,7 @@ class RayPool:
 
     def _vacate(self, worker: Worker) -> None:
         worker.vacate()
-        self._skip_acknowledgements(worker, math.inf)
-
-    def _skip_acknowledgements(self, worker: Worker, before: float) -> None:
-        """Those that it will not give any more are None: it died, or went on to something newer."""
-        for key, call in [*self.acknowledgements.items()]:
-            if key[1] == worker.index and call.order < before:
-                self.acknowledgements.pop(key).finish()
+        self.queue.skip_acknowledgements(worker.index)
 
     def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> None:
         for number, call in enumerate(calls):
@@ -342,9 +353,10 @@ class RayPool:
             call.deaths += number == 0 and fresh
             if call.deaths >= POISON:
                 raise WorkerFailure(
-                    f"{call.describe()} killed {POISON} fresh {self.role}s, the last of them {what}: {reason}"
+                    f"{call.describe()}, seed {self.seed}, killed {POISON} fresh {self.role}s, the last of them {what}: "
+                    f"{reason}"
                 )
-            self._enqueue(call)
+            self.queue.put(call)
 
     def _retire(self, worker: Worker, reason: str) -> None:
         worker.retired = True
@@ -353,27 +365,6 @@ class RayPool:
             raise WorkerFailure(f"no {self.role} is left, each died {worker.deaths} times in a row: {reason}")
 
     # --- handing out work
-
-    def _next(self, worker: Worker) -> Call | None:
-        """The oldest call that this worker can make; before it, what the worker must hold for that."""
-        call = min((queue[0] for queue in (self.ready, worker.pinned) if queue), default=None)
-        if call is not None and self.engine.full and not call.wanted:
-            call = None
-        needed = self.holding if call is None else call.hold
-        if needed is not None and needed is not worker.holding:
-            return self._holding(worker, needed)
-        if call is not None:
-            heapq.heappop(self.ready if call.worker is None else worker.pinned)
-        return call
-
-    def _holding(self, worker: Worker, hold: Hold) -> Call | None:
-        if not all(ref.call.done for ref in refs_in(hold.args)):
-            return None
-        known = self.acknowledgements.pop((id(hold), worker.index), None)
-        if known is None:
-            return self._new(hold.method, hold.args, 1, worker.index, sets=hold)
-        self._skip_acknowledgements(worker, known.order)
-        return known
 
     def _send(self, worker: Worker, call: Call) -> None:
         failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)
@@ -392,6 +383,8 @@ class RayPool:
         """Values that it needs went with their node: they are made again, and then it is."""
         if call.dropped:
             return
+        if call.sets is not None:
+            raise LearnersLost(WEIGHTS_LOST) from error
         call.losses += 1
         if call.losses > MAX_LOSSES or not isinstance(getattr(error, "cause", error), RayError):
             raise error

@@ -26,13 +26,20 @@ class ObjectStore:
     """Learner -> object store -> samplers: no group that can break, and who comes later reads it too.
 
     While samplers work ahead, by ``max_staleness`` steps, their acknowledgements come so many versions later: earlier
-    units go first. ``shares``: the one sampler has the learner's own network, and is told the version only.
+    units go first. ``shares``: the one sampler has the learner's own network, and is told the version only. ``joins``:
+    samplers may start at any version, so every one brings a canary for those to whom it is the first.
     """
 
     def __init__(
-        self, names: Sequence[str], max_staleness: int = 0, canary_every: int = 0, shares: bool = False
+        self,
+        names: Sequence[str],
+        max_staleness: int = 0,
+        canary_every: int = 0,
+        shares: bool = False,
+        joins: bool = False,
     ) -> None:
-        self.names, self.max_staleness, self.canary_every, self.shares = [*names], max_staleness, canary_every, shares
+        self.names, self.max_staleness, self.canary_every = [*names], max_staleness, canary_every
+        self.shares, self.joins = shares, joins
         self.waiting: deque[tuple[Manifest, list[Ref]]] = deque()
         self.first = True
 
@@ -49,8 +56,9 @@ class ObjectStore:
 
     def pack(self, learners: Pool, version: int) -> list[tuple[Ref, Ref]]:
         """Manifest and buckets of each learner rank; only rank 0 has any."""
-        canary = not self.shares and (self.first or (self.canary_every > 0 and version % self.canary_every == 0))
-        return learners.broadcast("publish", version, self.names, not self.shares, canary, returns=2)
+        due = self.first or (self.canary_every > 0 and version % self.canary_every == 0)
+        canary = not self.shares and (due or self.joins)
+        return learners.broadcast("publish", version, self.names, not self.shares, canary, due, returns=2)
 
     def hand_over(self, learners: Pool, samplers: Pool, packed: Sequence[tuple[Ref, Ref]], buckets: Any) -> None:
         # First this, then the wait for the learners: samplers begin before the driver has seen the manifest.

@@ -40,9 +40,11 @@ def unpacked(data: Packed) -> Tensor:
 
 
 def num_bytes(value: Any) -> int:
-    """Bytes of the tensors in a value that a worker returns."""
+    """Of the tensors, bytes and texts in a value that a worker returns."""
     if isinstance(value, Tensor):
         return value.nbytes
+    if isinstance(value, bytes | str):
+        return len(value)
     if isinstance(value, dict):
         return sum(map(num_bytes, value.values()))
     if isinstance(value, list | tuple):

@@ -10,6 +10,7 @@ from ray.exceptions import GetTimeoutError, OutOfMemoryError, RayActorError, Ray
 
 from rlalign.runtime.calls import Call, Hold
 from rlalign.runtime.host import Failure, Host, Where
+from rlalign.scoring.call import Spent, spends
 
 MAX_BACKOFF_S = 30.0
 DEAD = (RayActorError, OutOfMemoryError, WorkerCrashedError)
@@ -34,7 +35,6 @@ class Worker:
     starting: Object | None = None
     where: Where | None = None  # once it is up
     running: deque[Running] = field(default_factory=deque)
-    pinned: list[Call] = field(default_factory=list)  # a heap: calls for this worker alone
     holding: Hold | None = None
     since: float = 0.0  # when it began with what it does now
     ping: Object | None = None
@@ -49,10 +49,6 @@ class Worker:
     @property
     def up(self) -> bool:
         return self.where is not None
-
-    @property
-    def busy(self) -> bool:
-        return self.starting is not None or bool(self.running)
 
     @property
     def described(self) -> str:
@@ -95,6 +91,11 @@ def raised(failure: Failure) -> BaseException:
     error.add_note(f"in a worker process:\n{failure.trace}")
     error.raised_in = failure.file  # pyright: ignore[reportAttributeAccessIssue]
     return error
+
+
+def spent(error: BaseException) -> bool:
+    """Whether another process may do better than this one, which is full or holds a call that never ends."""
+    return isinstance(error, Spent) or spends(error)
 
 
 def value_or_error(ref: Object) -> Any:

@@ -19,6 +19,23 @@ class TimedOut(CallFailed):
     """No answer in time."""
 
 
+class LeftBehind(TimedOut):
+    """No answer in time, and the thread that was to give it still runs."""
+
+
+class Spent(Exception):
+    """This process is full, or holds a call that never ended; a new one may do better with the same work."""
+
+
+def spends(error: BaseException) -> bool:
+    """Whether a process in which something ended so should be replaced. torch and threads have no MemoryError."""
+    full = isinstance(error, RuntimeError) and any(words in str(error) for words in _FULL)
+    return full or isinstance(error, LeftBehind | MemoryError)
+
+
+_FULL = ("DefaultCPUAllocator", "can't start new thread")
+
+
 def call(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Answer:
     """Raises CallFailed, or whatever the reward raises. images: uint8 [b, ...], the reward's own to write into"""
     config = reward.config
@@ -35,7 +52,7 @@ def call(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Answer:
 
 
 def within(seconds: float, work: Callable[[], object], name: str) -> object:
-    """What `work` returns or raises in a thread called `name`; TimedOut leaves the thread behind."""
+    """What `work` returns or raises in a thread called `name`; `LeftBehind` if it is late."""
     outcome: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -48,7 +65,7 @@ def within(seconds: float, work: Callable[[], object], name: str) -> object:
     try:
         result, error = outcome.get(timeout=seconds)
     except queue.Empty:
-        raise TimedOut(f"no answer within {seconds:g} s; its thread {name!r} is left behind") from None
+        raise LeftBehind(f"no answer within {seconds:g} s; its thread {name!r} is left behind") from None
     if isinstance(error, Exception):
         raise error
     if error is not None:  # SystemExit and its like end the program, which is not a reward's business

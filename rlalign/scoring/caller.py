@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlalign.scoring.answer import Answer, CallFailed
-from rlalign.scoring.call import TimedOut, call
+from rlalign.scoring.call import Spent, TimedOut, call, spends
 from rlalign.scoring.protocol import Reward, RewardError
 from rlalign.types import Prompt, RewardScores, Unit
 
@@ -56,16 +56,21 @@ class Tally:
 
 
 class Caller:
-    """Owns one reward's counters; everything else of it is in its `config`."""
+    """Owns one reward's counters; everything else of it is in its `config`.
 
-    def __init__(self, reward: Reward) -> None:
+    ``replaceable``: whoever reads `Spent` does the unit again in a new process.
+    """
+
+    def __init__(self, reward: Reward, replaceable: bool = False) -> None:
         self.config, self.of_recordings = reward.config, reward.of_recordings
         self._reward = reward
         self.tally = Tally()
         self._failed_in_a_row = 0
+        self._replaceable = replaceable
+        self._worked = False  # for a whole unit, in this process
 
     def score(self, rows: Rows) -> RewardScores:
-        """RewardError where the policy is `fail` or nothing has worked for long."""
+        """RewardError where the policy is `fail` or nothing has worked for long; `Spent`."""
         start = time.perf_counter()
         try:
             return self._score(rows)
@@ -75,8 +80,10 @@ class Caller:
     def _score(self, rows: Rows) -> RewardScores:
         values = torch.full((len(rows),), torch.nan)  # [B]
         details: dict[str, Tensor] = {}  # each [B]
+        worked = True
         for chunk in self._chunks(rows):
             answer = self._ask(rows, chunk)
+            worked &= isinstance(answer, Answer)
             self._judge(answer, rows, chunk)
             if isinstance(answer, Answer):
                 values[chunk] = answer.score
@@ -85,6 +92,7 @@ class Caller:
             if self._is_open():
                 _log.warning("reward %r is not called again for this batch", self.config.name)
                 break
+        self._worked |= worked
         return self._scores(values, details, rows.unit)
 
     def _chunks(self, rows: Rows) -> Iterator[slice]:
@@ -124,6 +132,8 @@ class Caller:
     def _judge(self, answer: Answer | Exception, rows: Rows, chunk: slice) -> None:
         """Moves the circuit breaker; raises when the run must not go on."""
         failed = isinstance(answer, Exception)
+        if failed and self._replaceable and self._worked and spends(answer):
+            raise Spent(self._failed(answer, rows, chunk))
         self._failed_in_a_row = self._failed_in_a_row + 1 if failed else 0
         complaint = self._failed(answer, rows, chunk) if failed else self._not_finite(answer, rows, chunk)
         if not complaint:

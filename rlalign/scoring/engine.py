@@ -15,10 +15,14 @@ _log = logging.getLogger("rlalign")
 
 
 class Scoring:
-    """The rewards of one scorer, called one after the other in the order of the run file."""
+    """The rewards of one scorer, called one after the other in the order of the run file.
 
-    def __init__(self, rewards: Sequence[Reward]) -> None:
-        self._callers = {reward.config.name: Caller(reward) for reward in rewards}
+    ``replaceable``: it has a process of its own, and a call that hangs or fills it raises `Spent` if units worked there
+    before. In a fresh process the reward's failure policy decides.
+    """
+
+    def __init__(self, rewards: Sequence[Reward], replaceable: bool = False) -> None:
+        self._callers = {reward.config.name: Caller(reward, replaceable) for reward in rewards}
         assert len(self._callers) == len(rewards), "two rewards of one name"
 
     def score(self, images: Tensor, unit: Unit, roles: Collection[Role] = ("train",)) -> Scores:

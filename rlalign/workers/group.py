@@ -8,8 +8,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 T = TypeVar("T")
+
+_served: list[TCPStore] = []  # by this process, as long as it lives
 
 
 class Group:
@@ -20,15 +23,16 @@ class Group:
 
     @staticmethod
     def address(host: str | None = None) -> str:
-        """Where rank 0, whose machine must be asked, will be found: "host:port" with a port that is free now."""
+        """Where ranks find each other, "host:port": served from now on by this process, until it ends."""
         host = host or own_address()
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return f"{host}:{probe.getsockname()[1]}"
+        _served.append(TCPStore(host, 0, is_master=True, wait_for_workers=False))
+        return f"{host}:{_served[-1].port}"
 
     @staticmethod
     def join(address: str, rank: int, size: int, device: torch.device | str, timeout: float = 1800.0) -> "Group":
         """Returns once all ``size`` ranks are there; any later exchange fails when one is missing for ``timeout`` s.
+
+        ``address`` is what `Group.address` said in a process that still lives, such as that of rank 0.
 
         gloo between CPUs, NCCL between GPUs, gloo beside it for what lies in CPU memory.
         """
@@ -38,9 +42,10 @@ class Group:
         if device.index is not None:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, f"tcp://{address}", rank=rank, world_size=size, timeout=timedelta(seconds=timeout)
-        )
+        host, _, port = address.rpartition(":")
+        patience = timedelta(seconds=timeout)
+        store = TCPStore(host, int(port), is_master=False, timeout=patience)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
         return Group(rank, size, device)
 
     def leave(self) -> None:
@@ -82,6 +87,11 @@ def sum_gradients(group: Group, parameters: Sequence[nn.Parameter]) -> None:
     group.sum([*gradients, has_one])
     for parameter, gradient, number in zip(parameters, gradients, has_one.tolist(), strict=True):
         parameter.grad = gradient if number else None
+
+
+def exchange_failed(error: BaseException) -> bool:
+    """Whether the ranks lost each other, rather than that one of them could not compute; gloo's have no type."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error))
 
 
 def own_address(other: tuple[str, int] = ("192.0.2.1", 9)) -> str:

@@ -28,7 +28,7 @@ from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.group import Group, sum_gradients
 from rlalign.workers.optimizer import Optimizer, OptimizerConfig
-from rlalign.workers.weights import Manifest, Memory, describe, pack
+from rlalign.workers.weights import Manifest, Memory, describe, join_in, pack
 
 
 class EmaConfig(Settings):
@@ -247,21 +247,24 @@ class Learner:
         return norm
 
     def publish(
-        self, version: int, names: Sequence[str], send: bool = True, canary: bool = False
+        self, version: int, names: Sequence[str], send: bool = True, canary: bool = False, due: bool = True
     ) -> tuple[Manifest, list[Tensor]]:
         """The weights under these names as version ``version``: a manifest, and copies that no later update reaches.
 
-        Not to ``send`` is for samplers that share this network: nothing is copied. All ranks have to call; rank 0 alone
-        answers.
+        Not to ``send`` is for samplers that share this network: nothing is copied. ``canary``: with a prediction, for
+        everybody if that is ``due``. All ranks have to call; rank 0 alone answers.
         """
         predicted = self.canary.predict(self.algorithm.sample_with) if canary else None
+        variants = {name: self.policy.weights(name) for name in names}
         if not send:
-            return describe(version, {name: self.policy.weights(name) for name in names}), []
-        variants = {name: self.policy.full_weights(name) for name in names}
+            return describe(version, variants), []
         if self.group.rank > 0:
+            if self.policy.sharded:
+                join_in(variants, gathered)
             return Manifest(version), []
         self.packed = []
-        manifest, buckets = pack(version, variants, self.memory, predicted)
+        whole = gathered if self.policy.sharded else None
+        manifest, buckets = pack(version, variants, self.memory, predicted, due, whole=whole)
         if self.broadcast.generation:
             self.packed = buckets
         return manifest, buckets

@@ -16,6 +16,7 @@ from rlalign.workers.canary import Canary
 from rlalign.workers.candidates import Tree, candidates
 from rlalign.workers.encoder import Encoder
 from rlalign.workers.recordings import recorded
+from rlalign.workers.shown import shown
 from rlalign.workers.weights import Manifest
 
 Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
@@ -43,6 +44,7 @@ class Sampler:
         self.version = 0 if shares else None
         self.canary, self.broadcast = Canary(policy, noise), Broadcast()
         self.encoder = Encoder(policy)
+        self.compared = False  # with the learner's canary, ever
 
     @torch.no_grad()
     def sample(
@@ -67,6 +69,10 @@ class Sampler:
             latents = self.initial_noise(unit, plan, keep) if initial is None else initial
             trajectory = self._trajectory(unit, plan, keep, latents)
             return trajectory, self._pictures(trajectory.final)
+
+    def show(self, unit: Unit, settings: RolloutConfig, weights: Variant) -> Tensor:
+        """The unit's pictures for a grid, [B, 3, h, w] uint8."""
+        return shown(self.sample(unit, settings, weights)[1])
 
     def receive(self, manifest: Manifest, buckets: Buckets) -> dict[str, int]:
         """Takes over published weights, after checking that all of them came through; answers what it now holds.
@@ -106,8 +112,9 @@ class Sampler:
         for name in names - {"policy", *policy.copies}:
             policy.keep(name)
         manifest.copy(buckets, {name: policy.weights(name) for name in names})
-        if manifest.canary is not None:
+        if manifest.canary is not None and (manifest.canary_due or not self.compared):
             self.canary.check(manifest.canary, self.sample_with)
+            self.compared = True
 
     def initial_noise(self, unit: Unit, settings: RolloutConfig, keep: bool = False) -> Tensor:
         """[B, *L] float32: the latents that the unit's rows start from; those of its chains when steps are kept."""

@@ -14,9 +14,9 @@ from rlalign.types import Role, Scores, Unit
 class Scorer:
     """Plain class: owns the loaded rewards, their networks included."""
 
-    def __init__(self, rewards: Sequence[RewardConfig], folder: Path = Path()) -> None:
-        """Paths of reward files count from ``folder``, the run file's."""
-        self.scoring = Scoring(load_rewards(rewards, folder))
+    def __init__(self, rewards: Sequence[RewardConfig], folder: Path = Path(), replaceable: bool = False) -> None:
+        """Paths of reward files count from ``folder``, the run file's. ``replaceable``: see `Scoring`."""
+        self.scoring = Scoring(load_rewards(rewards, folder), replaceable)
 
     def score(self, images: Tensor, unit: Unit, roles: Collection[Role] = ("train",)) -> Scores:
         """images [B, (F,) 3, H, W] uint8, ordered by prompt; only rewards of these roles are computed."""

@@ -3,7 +3,7 @@
 import json
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -65,7 +65,8 @@ class Manifest:
     version: int
     table: bytes = b"[]"  # the layouts, in a form that costs nothing to send and is read once a process
     checksums: tuple[int, ...] = ()  # xxh3 of each bucket
-    canary: Tensor | None = field(default=None, compare=False)  # what the learner predicts, where that is to be checked
+    canary: Tensor | None = field(default=None, compare=False)  # what the learner predicts
+    canary_due: bool = True  # for everybody, and not only for those who have never compared one
 
     @property
     def layouts(self) -> tuple[Layout, ...]:
@@ -148,9 +149,15 @@ def pack(
     variants: Variants,
     memory: "Memory",
     canary: Tensor | None = None,
+    canary_due: bool = True,
     bucket_bytes: int = BUCKET_BYTES,
+    whole: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Manifest, list[Tensor]]:
-    """Copies the tensors into flat buckets, uint8 on the CPU; one copy and one pass of the checksum."""
+    """Copies the tensors into flat buckets, uint8 on the CPU; one copy and one pass of the checksum.
+
+    ``whole``: puts a tensor together that lies in parts on several ranks, which have to `join_in` meanwhile. No more
+    than a piece is whole at a time.
+    """
     table = _table(_kinds(variants), bucket_bytes)
     buckets, checksums = [], []
     for layout in _read(table):
@@ -158,7 +165,8 @@ def pack(
         flat = bucket.view(getattr(torch, layout.dtype))
         for start, end, kinds, _ in layout.pieces:
             piece = flat[start:end]
-            tensors = [variants[kind.variant][kind.name].reshape(-1) for kind in kinds]
+            tensors = [variants[kind.variant][kind.name] for kind in kinds]
+            tensors = [tensor.reshape(-1) for tensor in (map(whole, tensors) if whole else tensors)]
             if tensors[0].device == flat.device:
                 torch.cat(tensors, out=piece)
             else:
@@ -166,7 +174,14 @@ def pack(
             total.update(piece.view(torch.uint8).numpy().data)
         checksums.append(total.intdigest())
         buckets.append(bucket)
-    return Manifest(version, table, tuple(checksums), canary), buckets
+    return Manifest(version, table, tuple(checksums), canary, canary_due), buckets
+
+
+def join_in(variants: Variants, whole: Callable[[Tensor], Tensor], bucket_bytes: int = BUCKET_BYTES) -> None:
+    """On the other ranks, while one packs the same variants."""
+    for layout in _read(_table(_kinds(variants), bucket_bytes)):
+        for kind in layout.kinds:
+            whole(variants[kind.variant][kind.name])
 
 
 class Memory:

@@ -18,6 +18,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from rlalign import checkpoint
+
 TIMEOUT_S = 600
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -74,9 +78,18 @@ def killed_run(words: Sequence[str], run: Path, steps: int, kills: int, seed: in
 
 
 def result(run: Path) -> tuple[str, list[dict[str, Any]]]:
-    """SHA-256 of the final checkpoint's tensors, and all metrics but times."""
+    """SHA-256 of the final checkpoint's tensors, put together from all ranks' parts, and all metrics but times.
+
+    Not of its files: safetensors writes their descriptions in any order.
+    """
     newest = sorted((run / "checkpoints").glob("step_*"))[-1]
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(newest.glob("*.safetensors")))).hexdigest()
+    tensors = checkpoint.load(newest).tensors
+    assert tensors, f"{newest} holds no tensors"
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)}".encode())
+        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest = total.hexdigest()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return digest, [{k: v for k, v in row.items() if not of_the_clock(k)} for row in rows]
 

@@ -56,7 +56,7 @@ def wild_run(
 ) -> tuple[list[tuple[str, float]], dict[str, float]]:
     """When which sampler was killed by hand, and what the runtime counted."""
     if not only_kills:
-        build.sampler_from = partial(faults.sampler_that_dies_while_weights_arrive, run=str(run))
+        build.sampler_from = partial(faults.dying_sampler, run=str(run))
     kills: list[tuple[str, float]] = []
     over = threading.Event()
 

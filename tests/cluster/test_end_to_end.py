@@ -6,9 +6,11 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import psutil
 import pytest
 
 from rlalign.runtime import auth
+from rlalign.runtime.telemetry import EXPORTED, prometheus_name
 from tests.runs import run_file
 
 pytestmark = [pytest.mark.xdist_group("ray"), pytest.mark.timeout(420)]
@@ -77,9 +80,36 @@ def status(url: str, token: str | None = None) -> int:
             return error.code
 
 
+@contextmanager
+def exported(shell: Shell) -> Iterator[set[str]]:
+    """Names of our metrics on the nodes' ports, as Prometheus would have found them inside the block.
+
+    They are there from seconds after the first row on, until seconds after the job.
+    """
+    (record,) = [json.loads(path.read_bytes()) for path in (shell.home / "nodes").glob("*.json")]
+    folder = Path(f"/tmp/rlalign-{os.getuid()}") / record["address"].rpartition(":")[2]
+    seen, over = set[str](), threading.Event()
+
+    def look() -> None:
+        while not over.wait(0.5):
+            for found in json.loads((folder / "prom_metrics_service_discovery.json").read_text()):
+                for target in found["targets"]:
+                    with suppress(OSError), urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                        seen.update(re.findall(r"^ray_rlalign_\w+(?=\{)", answer.read().decode(), re.MULTILINE))
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    yield seen
+    over.set()
+    thread.join()
+
+
 def test_a_reward_of_the_users_own_trains_and_the_same_command_goes_on(shell: Shell, dashboard: str):
-    first = shell("submit", "run.yaml", "steps=1")
+    with exported(shell) as metrics:
+        first = shell("submit", "run.yaml", "steps=1")
     assert first.returncode == 0, first.stdout + first.stderr
+    always = {"rlalign_reward_mean", "rlalign_steps", "rlalign_workers", "rlalign_in_flight_bytes"}
+    assert {prometheus_name(name) for name in always} <= metrics <= {prometheus_name(name) for name in EXPORTED}
     assert "run-1 succeeded" in first.stdout
     again = shell("submit", "run.yaml")  # prolonged to the run file's two steps
     assert again.returncode == 0, again.stdout + again.stderr

@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from rlalign.reporting.grids import GAP, MARGIN, before_after, save_grid, saved
+from rlalign.workers.shown import shown
 
 
 def opened(path: Path) -> Image.Image:
@@ -44,6 +45,16 @@ def test_of_a_video_the_middle_frame_is_shown(tmp_path: Path) -> None:
     save_grid(video, ["moves"], tmp_path / "grid.png")
     grid = opened(tmp_path / "grid.png")
     assert grid.getpixel((grid.width // 2, grid.height - MARGIN - 10)) == (200, 200, 200)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 32, 32), (2, 3, 200, 300), (2, 5, 3, 512, 384), (2, 3, 1, 2000)])
+def test_pictures_that_were_made_small_on_their_way_make_the_same_grid(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    images = torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    sent = shown(images)
+    assert sent.ndim == 4 and max(sent.shape[-2:]) <= 256 and (max(shape[-2:]) > 256 or torch.equal(sent, images))
+    for name, pictures in (("whole", images), ("small", sent)):
+        save_grid(pictures[None], ["x"], tmp_path / f"{name}.png")
+    assert opened(tmp_path / "whole.png").tobytes() == opened(tmp_path / "small.png").tobytes()
 
 
 def test_before_and_after_side_by_side(tmp_path: Path) -> None:

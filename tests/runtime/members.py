@@ -12,6 +12,7 @@ from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -35,6 +36,13 @@ def make_doomed_sampler() -> Any:
     """It dies when the others wait for it in the broadcast."""
     sampler = make_sampler()
     sampler.exchange = lambda generation, manifest: os.kill(os.getpid(), signal.SIGKILL)
+    return sampler
+
+
+def make_stopping_sampler() -> Any:
+    """It is stopped when the others wait for it in the broadcast, and lives."""
+    sampler = make_sampler()
+    sampler.exchange = lambda generation, manifest: os.kill(os.getpid(), signal.SIGSTOP)
     return sampler
 
 
@@ -112,6 +120,13 @@ class ProcessPool:
     @property
     def alive(self) -> list[Member]:
         return [member for member in self.members if member.process.is_alive()]
+
+    def end_stopped(self) -> None:
+        """As a pool does with those that do not answer."""
+        for member in self.alive:
+            if psutil.Process(member.process.pid).status() == psutil.STATUS_STOPPED:
+                member.process.kill()
+                member.process.join()
 
     def add(self, make: Callable[[], Any]) -> Any:
         """A worker that starts late; what it answers to the call that the others made already."""

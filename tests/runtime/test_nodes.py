@@ -1,5 +1,6 @@
 """Machines that come and go under a pool and under a run."""
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from rlalign.runtime.config import RuntimeConfig
 from tests.chaos.kills import result
 from tests.runs import run_file, without_pages
 from tests.runtime import clusters, faults
-from tests.runtime.killing import in_background, rows
+from tests.runtime.killing import Gate, in_background
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.xdist_group("ray")
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """A head for learner and scorers; machines for samplers come with each test."""
-    with clusters.cluster(num_cpus=4, labels={"pool": "head"}) as made:
+    with clusters.cluster(num_cpus=4, labels={"pool": "head"}, _system_config=clusters.QUICK_DEATH) as made:
         yield made
 
 
@@ -54,14 +55,22 @@ def test_what_lay_on_a_lost_machine_is_made_again(cluster: Cluster, tmp_path: Pa
 def test_a_run_outlives_a_machine(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machines = [sampler_machine(cluster), sampler_machine(cluster)]
     run_file(tmp_path)
+    gate = Gate(tmp_path, calls=10)  # one of an evaluation, four of each step
     monkeypatch.chdir(tmp_path)
     without_pages(monkeypatch)
     run = ["train", "run.yaml", "steps=5", "checkpoint.every=2", "evaluation.every=3", "rollout.prompts_per_step=4"]
     assert cli.run([*run, "--run-dir", "calm"]) == 0
-    remove = partial(cluster.remove_node, machines[0], allow_graceful=False)
-    killer = in_background(lambda: rows(Path("wild")) >= 2, remove)
+    gate.close()
+
+    def remove() -> None:
+        cluster.remove_node(machines[0], allow_graceful=False)
+        gate.open()
+
+    killer = in_background(gate.reached, remove)
     more = ["runtime.kind=ray", "runtime.spares=false", "runtime.samplers=4", "runtime.sampler_labels={pool: samplers}"]
     assert cli.run([*run, *more, "runtime.min_samplers=2", "--run-dir", "wild"]) == 0
     killer.join(30)
     assert result(Path("wild")) == result(Path("calm"))
+    last = json.loads((tmp_path / "wild/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["runtime/restarts/sampler"] >= 1
     cluster.remove_node(machines[1])

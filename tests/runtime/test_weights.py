@@ -12,12 +12,14 @@ from rlalign.mdp.noise import Noise
 from rlalign.runtime.collective import Collective
 from rlalign.runtime.local import LocalPool
 from rlalign.runtime.weights import ObjectStore
+from rlalign.workers.canary import Mismatch
 from rlalign.workers.sampler import Sampler
 from tests.runtime import members
 from tests.runtime.members import ProcessPool
 from tests.small import algorithm, policy, workers
 
-TIMEOUT_S = 2.0  # of a group that has lost a member
+TIMEOUT_S = 20.0  # nothing here takes so long
+SHORT_S = 4.0  # of a group that loses a member: the others wait so long
 
 
 @pytest.fixture
@@ -65,6 +67,27 @@ def test_the_canary_sings_first_and_then_now_and_then(
         samplers.workers[0].canary.check = lambda expected, variant, version=version: sung.append(version)
         publisher.publish(learners, samplers, version)
     assert sung == checked
+
+
+@pytest.mark.parametrize("joins", [True, False])
+def test_a_sampler_that_joins_later_compares_its_first_version(pools: tuple[LocalPool, LocalPool], joins: bool) -> None:
+    learners, samplers = pools
+    publisher, sung = ObjectStore(["policy"], canary_every=10, joins=joins), []
+    publisher.publish(learners, samplers, 3)
+    given = samplers.workers[0].receive
+    samplers.workers[0].receive = lambda *version: sung.append(version) or given(*version)
+    samplers.workers[0].canary.check = lambda expected, variant: pytest.fail("it compared one before")
+    publisher.publish(learners, samplers, 4)
+    ((manifest, buckets),) = sung
+    stranger = Sampler(policy(), Noise(1), "policy", keep_steps=True, shares=False)
+    if not joins:
+        assert manifest.canary is None
+        return
+    with pytest.raises(Mismatch):  # as would another base model
+        stranger.receive(manifest, buckets)
+    assert stranger.version is None
+    late = Sampler(policy(), Noise(0), "policy", keep_steps=True, shares=False)
+    assert late.receive(manifest, buckets)["version"] == 4
 
 
 def test_a_sampler_that_holds_something_else_is_named(pools: tuple[LocalPool, LocalPool]) -> None:
@@ -147,8 +170,8 @@ def no_store(ref: Any) -> Callable[[], Any]:
     return partial(int, "the store was read")
 
 
-def publisher(later: Callable[[Any], Any] = no_store) -> Collective:
-    return Collective(["policy", "old"], timeout_s=TIMEOUT_S, later=later)
+def publisher(later: Callable[[Any], Any] = no_store, timeout_s: float = TIMEOUT_S) -> Collective:
+    return Collective(["policy", "old"], timeout_s=timeout_s, later=later)
 
 
 def holds(learners: ProcessPool, samplers: ProcessPool) -> bool:
@@ -188,19 +211,29 @@ def test_who_comes_later_reads_the_store_and_joins_the_next_group(
     assert (collective.generation, collective.size) == (2, 3) and holds(learners, pool)
 
 
-def test_a_member_that_is_killed_in_a_broadcast_costs_one_fallback(
-    learners: ProcessPool, samplers: Callable[..., ProcessPool], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("unlucky", [members.make_doomed_sampler, members.make_stopping_sampler])
+def test_a_member_that_is_killed_or_stopped_in_a_broadcast_costs_one_fallback(
+    learners: ProcessPool,
+    samplers: Callable[..., ProcessPool],
+    caplog: pytest.LogCaptureFixture,
+    unlucky: Callable[[], Any],
 ) -> None:
-    pool, collective = samplers(*[members.make_sampler] * 3, members.make_doomed_sampler), publisher(from_store)
+    pool = samplers(members.make_sampler, members.make_sampler, unlucky)
+
+    def later(ref: Any) -> Callable[[], Any]:
+        pool.end_stopped()  # it did not answer its pings meanwhile
+        return from_store(ref)
+
+    collective = publisher(later, SHORT_S)
     with caplog.at_level(logging.WARNING):
         change(learners)
         collective.publish(learners, pool, 0)
-    assert len(pool.alive) == 3 and holds(learners, pool)
+    assert len(pool.alive) == 2 and holds(learners, pool)
     assert [record.message.split(" (")[0] for record in caplog.records] == ["the broadcast of version 0 failed"]
-    collective.later = no_store
+    collective.timeout_s, collective.later = TIMEOUT_S, no_store
     change(learners)
     collective.publish(learners, pool, 1)
-    assert (collective.generation, collective.size) == (2, 4) and holds(learners, pool)
+    assert (collective.generation, collective.size) == (2, 3) and holds(learners, pool)
 
 
 def test_a_member_that_is_gone_before_the_broadcast_is_left_out(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from rlalign.scoring import Reward, RewardConfig, RewardError, Scoring, require_valid_group
+from rlalign.scoring.call import Spent, TimedOut
 from rlalign.scoring.caller import GIVE_UP_AFTER
 from rlalign.types import Prompt, Scores, Unit
 from tests.scoring.helpers import Recorder, numbered_images, reward, rows_of, scoring
@@ -160,6 +161,63 @@ def test_a_timeout_of_the_rewards_own_is_an_ordinary_error(images: Tensor, unit:
     with pytest.raises(RewardError, match="TimeoutError: the database sleeps"):
         engine.score(images, unit)
     assert engine.stats()["runtime/reward/reward/errors"] == 1
+
+
+# --- a process of its own ------------------------------------------------------------------------------------------
+
+
+def works(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return rows_of(images)
+
+
+def fills_memory(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    raise MemoryError
+
+
+def fills_memory_of_torch(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    return torch.empty(2**60, dtype=torch.uint8)
+
+
+def hangs(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    time.sleep(2)
+    return rows_of(images)
+
+
+SPENDING = pytest.mark.parametrize("function", [fills_memory, fills_memory_of_torch, hangs])
+
+
+@SPENDING
+def test_a_process_that_worked_until_now_is_given_up(images: Tensor, unit: Unit, function: Function) -> None:
+    todo = [works, works, function, function]
+    one = reward(lambda *both: todo.pop(0)(*both), name="beauty", retries=1, timeout_s=0.2)
+    engine = Scoring([one], replaceable=True)
+    for _ in range(2):
+        engine.score(images, unit)
+    with pytest.raises(Spent, match=r"reward 'beauty' failed on 12 pictures, the first of the prompt 'cat 0'"):
+        engine.score(images, unit)
+    assert not todo  # only after the retries
+
+
+@SPENDING
+def test_in_a_fresh_process_the_policy_decides(images: Tensor, unit: Unit, function: Function) -> None:
+    """Another one would fail as well."""
+    with pytest.raises(RewardError, match="on_failure"):
+        Scoring([reward(function, timeout_s=0.1)], replaceable=True).score(images, unit)
+    dropping = Scoring([reward(function, timeout_s=0.1, on_failure="drop_sample")], replaceable=True)
+    for _ in range(2):
+        assert valid_rows(dropping.score(images, unit)) == []
+
+
+def test_an_error_or_a_late_server_is_no_reason_to_give_up_a_process(images: Tensor, unit: Unit) -> None:
+    def late(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        raise TimedOut("the server did not answer")  # as the remote reward does
+
+    for function in (raises, late):
+        todo = [works, function]
+        engine = Scoring([reward(lambda *both, todo=todo: todo.pop(0)(*both))], replaceable=True)
+        engine.score(images, unit)
+        with pytest.raises(RewardError):
+            engine.score(images, unit)
 
 
 # --- retries -----------------------------------------------------------------------------------------------------

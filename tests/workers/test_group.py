@@ -15,7 +15,7 @@ from rlalign import checkpoint
 from rlalign.checkpoint import Files
 from rlalign.sharding import blocks
 from rlalign.types import State
-from rlalign.workers.group import Group
+from rlalign.workers.group import Group, exchange_failed
 from tests.tiny import sd3_folder, transformer
 from tests.workers import training
 from tests.workers.ranks import Ranks
@@ -214,11 +214,25 @@ def test_one_rank_needs_no_group() -> None:
     assert not distributed.is_initialized()
 
 
-def test_an_address_is_free_to_listen_at() -> None:
+def test_at_an_address_somebody_listens_from_then_on() -> None:
+    """Else another program could take the port before the ranks come."""
     host, _, port = Group.address().rpartition(":")
-    with socket.create_server((host, int(port))):
+    with socket.create_connection((host, int(port)), 5.0):
         pass
-    assert Group.address("head.local").startswith("head.local:")
+    assert Group.address("127.0.0.1").startswith("127.0.0.1:")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (distributed.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed by peer"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (torch.OutOfMemoryError("CUDA out of memory"), False),
+    ],
+)
+def test_ranks_that_lose_each_other_are_told_from_those_that_cannot_compute(error: Exception, lost: bool) -> None:
+    assert exchange_failed(error) is lost
 
 
 def test_a_net_is_cut_at_its_blocks() -> None:

@@ -75,7 +75,7 @@ def go_on(learner: Learner, case: Case, steps: range) -> Trained:
     learner.optimizer.step = step  # pyright: ignore[reportAttributeAccessIssue]
     metrics = [update(learner, case, number) for number in steps]
     learner.optimizer.step = make_step
-    return Trained(gradients, {key: t.clone() for key, t in learner.policy.full_weights("policy").items()}, metrics)
+    return Trained(gradients, {key: t.clone() for key, t in _weights(learner.policy, "policy").items()}, metrics)
 
 
 def update(learner: Learner, case: Case, step: int) -> dict[str, float]:
@@ -95,7 +95,7 @@ def sample(learner: Learner, case: Case, step: int) -> tuple[list[Unit], list[Tr
     chosen = learner.algorithm
     sampler = Sampler(_policy(case), Noise(0), chosen.sample_with, chosen.needs.trajectory, shares=False)
     for name in dict.fromkeys(["policy", chosen.sample_with]):
-        sampler.policy.load(name, learner.policy.full_weights(name))
+        sampler.policy.load(name, _weights(learner.policy, name))
     sampler.version = step
     units = split(step, tuple(Prompt("abcdefg"[number]) for number in range(case.groups)), SAMPLES, case.micro_batch)
     return units, [sampler.sample(unit)[0] for unit in units]
@@ -137,20 +137,20 @@ def drift(group: Group, case: Case) -> float:
 def borrowed(group: Group) -> tuple[dict[str, Tensor], ...]:
     """The weights of the policy before, inside, and after a block that works with its average and fails."""
     policy = HELD["it"].policy
-    before, average = _copy(policy.full_weights("policy")), _copy(policy.full_weights("ema"))
+    before, average = _copy(_weights(policy, "policy")), _copy(_weights(policy, "ema"))
     inside: dict[str, Tensor] = {}
     try:
         with policy.using("ema"):
-            inside = _copy(policy.full_weights("policy"))
+            inside = _copy(_weights(policy, "policy"))
             raise KeyError
     except KeyError:
-        return before, inside, _copy(policy.full_weights("policy")), average, _copy(policy.full_weights("ema"))
+        return before, inside, _copy(_weights(policy, "policy")), average, _copy(_weights(policy, "ema"))
 
 
 def spoilt(group: Group, case: Case) -> tuple[str, bool]:
     """An update in which one row of rank 0 has no finite advantage."""
     learner = HELD["it"]
-    before = _copy(learner.policy.full_weights("policy"))
+    before = _copy(_weights(learner.policy, "policy"))
     units, trajectories = sample(learner, case, 0)
     advantages = torch.ones(case.groups, SAMPLES)
     advantages[0, 0] = torch.nan
@@ -158,7 +158,7 @@ def spoilt(group: Group, case: Case) -> tuple[str, bool]:
     try:
         learner.update(*deal(batch, advantages, torch.ones_like(advantages).bool(), group.size, 1)[group.rank])
     except Diverged as error:
-        after = learner.policy.full_weights("policy")
+        after = _weights(learner.policy, "policy")
         return str(error), all(torch.equal(after[key], before[key]) for key in before)
     raise AssertionError
 
@@ -177,6 +177,10 @@ def summed(group: Group) -> tuple[Any, ...]:
 
 def _copy(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor.clone() for key, tensor in tensors.items()}
+
+
+def _weights(policy: Policy, name: str) -> dict[str, Tensor]:
+    return {key: _whole(tensor) for key, tensor in policy.weights(name).items()}
 
 
 def _whole(tensor: Any) -> Tensor:
