@@ -4,7 +4,6 @@ Policies are those of tests/algorithms/chains.py: N(0, I) data, the exact veloci
 step, so that every optimum of riccati.py is in the policy class. Distances are measured in controls u_k, not weights.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -214,28 +213,22 @@ def train(
     seed: int,
     budget: Budget,
     advantages: Callable[[Tensor], Tensor] = lambda advantages: advantages,
-    delay: int = 0,
     frozen: bool = False,
     corrected: bool = True,
 ) -> Trained:
     """SGD in natural units with decreasing steps. ``beta`` only says how long a natural step is.
 
-    ``delay``: batches are that many versions old when they are learnt from; ``frozen``: all come from the reference.
-    ``corrected`` False: old log-probs are computed again under the present weights, so that every ratio is 1.
+    ``frozen``: all batches come from the reference. ``corrected`` False: old log-probs are computed again under the present weights, so that every ratio is 1.
     """
     generator = torch.Generator().manual_seed(seed)
     parameter, unit, gains = policy.parameters[WEIGHT], natural(policy, beta), slopes(policy)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    waiting: deque[tuple[Trajectory, Drawn]] = deque()
     points: list[Controls] = []
     gradients: list[Tensor] = []
     path: list[Controls] = []
     for step in range(budget.steps):
         with policy.using("reference" if frozen else "policy"):
-            waiting.append(rolled(policy, budget.groups, budget.samples, generator, budget.shared, step))
-        if len(waiting) <= delay:
-            continue
-        sample, drawn = waiting.popleft()
+            sample, drawn = rolled(policy, budget.groups, budget.samples, generator, budget.shared, step)
         if not corrected:
             sample = replace(sample, log_probs=scored_again(policy, sample))
         given = algorithm.advantages(scores_of(reward(sample.final), budget.samples)).flatten().double()
