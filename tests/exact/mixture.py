@@ -204,7 +204,7 @@ def backward(
 def pushed(
     policy: Policy, algorithm: Algorithm, batch: Trajectory, advantages: Tensor, plain: Plain
 ) -> tuple[float, Means]:
-    """Leaves the gradient of the mean loss; that loss, and metrics: means over times and rows, as much as A² of each."""
+    """Leaves the gradient of the mean loss; that loss, and metrics: means over times and rows, weighed by A²."""
     count = len(advantages)
     if algorithm.needs.silent_zero:  # as the learner does
         loud = advantages.nonzero().flatten()

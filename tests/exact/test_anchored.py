@@ -122,7 +122,9 @@ def test_it_rests_at_the_velocity_of_the_exact_tilt(
     for seed in seeds:
         found = trained(METHODS["rvm"](BETA), seed, BUDGET, BETA)
         measured(error=error(found, BETA))
-        proves("rvm", "T4", "linear reward", "distance to the exact tilt", error(found, BETA), "below 3 %", percent=True)
+        proves(
+            "rvm", "T4", "linear reward", "distance to the exact tilt", error(found, BETA), "below 3 %", percent=True
+        )
         assert error(found, BETA) < TOLERANCE
 
 
@@ -146,7 +148,9 @@ def test_on_its_own_samples_every_method_has_this_gradient(name: str, measured: 
         off = (gradients[name] - gradients["rvm"]).abs().max() / gradients["rvm"].abs().max()
         measured(off=float(off))
         if name != "rvm":
-            proves(config_name(name), "T4", name, "gradient against RVM's, on its own samples", float(off), "below 1e-12")
+            proves(
+                config_name(name), "T4", name, "gradient against RVM's, on its own samples", float(off), "below 1e-12"
+            )
         assert off < 1e-12
 
 

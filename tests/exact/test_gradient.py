@@ -17,8 +17,9 @@ from rlalign.algorithms.base import Algorithm
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
 from rlalign.types import Trajectory
-
+from tests.algorithms import test_spo as spo
 from tests.algorithms.chains import WEIGHT, affine, batch_gradients, law, make_policy, off_by, sample, weight
+from tests.algorithms.preferences import gradient, scores_of
 
 from .conftest import Proof
 
@@ -202,3 +203,48 @@ def at(policy: Policy, reduction: str) -> Policy:
     other = make_policy(dim=2, logprob_reduction=reduction)
     other.load("policy", policy.weights("policy"))
     return other
+
+
+# --- SPO: of four candidates of a step the best is preferred to the worst
+
+MOST = 1.0293753730  # E max of four standard normal numbers
+
+
+def of_spo(policy: Policy) -> Tensor:
+    """[D, K] E ∇_b L = -β/2 s/(c D) E[z_w - z_l] at the reference, z along Aᵀq.
+
+    The best and the worst are ± MOST from the mean. b is the constant of a step's residual, s = ∂μ/∂b, A the clean
+    latent's slope in x' and q the reward.
+    """
+    schedule, truth = policy.schedule(policy.settings), torch.zeros(2, 2, dtype=torch.float64)
+    for k in range(2):
+        _, at_zero, std = (part.detach() for part in affine(policy, k))
+        with torch.no_grad():
+            weight(policy)[:, k, -1] = 1.0
+            slope = float((affine(policy, k)[1] - at_zero)[0])
+            weight(policy)[:, k, -1] = 0.0
+        points = torch.cat([torch.zeros(1, 2), torch.eye(2)]).double().reshape(-1, *policy.latent_shape)
+        at, cond = torch.full((3,), k + 1), {"log_weights": torch.zeros(3, 1, dtype=torch.float64)}
+        clean = policy.predict(points, schedule.time[at], schedule.level(at, points), cond, None, 1.0).x0
+        seen = clean.detach().flatten(1)
+        along = (seen[1:] - seen[0]) @ DIRECTION
+        truth[:, k] = (
+            -spo.BETA * slope / (float(std) * 2) * MOST * along / along.norm() / 2
+        )  # half of the states are k's
+    return truth
+
+
+def test_the_expected_gradient_of_preferred_steps(seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
+    policy, found = spo.exact_policy(), list[Tensor]()
+    truth = of_spo(policy)
+    for seed in range(30 * len(seeds)):
+        batch = spo.exact_groups(policy, 60, seed)
+        given = spo.Algorithm(spo.Config()).advantages(scores_of(linear(batch.final).view(60, 8))).flatten().double()
+        found.append(gradient(policy, spo.losses(policy, batch, given)).view(2, 3, 3)[:, :2, -1])
+    gradients = torch.stack(found)
+    off = off_by(gradients, truth)
+    measured(off=off)
+    proves("spo", "T1", "at the reference", "largest bias of the gradient, in standard errors", off, "below 3")
+    assert off < 3
+    assert off_by(gradients, 0.95 * truth) > 4
+    assert off_by(gradients, 0.0) > 50

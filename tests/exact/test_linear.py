@@ -110,7 +110,12 @@ HALF = Budget(steps=24, groups=500, samples=GROUP)
     ("kernel", "noise_level", "variance"), [(*kernel, v) for kernel, v in zip(KERNELS, TABLE, strict=True)]
 )
 def test_ten_steps_in_one_dimension(
-    kernel: str, noise_level: float, variance: float, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
+    kernel: str,
+    noise_level: float,
+    variance: float,
+    seeds: tuple[int, ...],
+    measured: Callable[..., None],
+    proves: Proof,
 ):
     at = problem(1, 10, kernel, noise_level)
     runs = trained(lambda: problem(1, 10, kernel, noise_level), algorithm(), seeds, LONG)

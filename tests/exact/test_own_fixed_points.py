@@ -107,9 +107,7 @@ def run(method: str, name: str, seed: int, plan: Plan = PLAN, sign: float = 1.0,
 
 
 @pytest.mark.parametrize(("method", "name"), [*[(method, "linear") for method in METHODS], ("rvm", "indicator")])
-def test_anchored_methods(
-    method: str, name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
-):
+def test_anchored_methods(method: str, name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
     _, of_policy, of_anchor = METHODS[method]
     kappa = np.divide(of_policy, BETA[name] * of_anchor)
     expected, given = anchored(as_array(name), kappa)

@@ -198,7 +198,9 @@ def test_a_sampler_that_never_learns_is_corrected_by_the_ratio(
     measured(distance=worst(at, runs))
     for run in runs:
         off = at.off(run.controls)
-        proves("grpo", "T13", "samples of the base model alone", "distance to the optimum", off, "below 3 %", percent=True)
+        proves(
+            "grpo", "T13", "samples of the base model alone", "distance to the optimum", off, "below 3 %", percent=True
+        )
     assert worst(at, runs) < TOLERANCE
 
 

@@ -79,9 +79,7 @@ CASES = {
 }
 
 
-def trained(
-    case: Case, seed: int, reward: Quadratic = REWARD, budget: Budget | None = None, **changes: Any
-) -> Trained:
+def trained(case: Case, seed: int, reward: Quadratic = REWARD, budget: Budget | None = None, **changes: Any) -> Trained:
     return train(case.policy(), grpo.Algorithm(case.config(**changes)), reward, BETA, seed, budget or case.budget)
 
 

@@ -218,7 +218,8 @@ def train(
 ) -> Trained:
     """SGD in natural units with decreasing steps. ``beta`` only says how long a natural step is.
 
-    ``frozen``: all batches come from the reference. ``corrected`` False: old log-probs are computed again under the present weights, so that every ratio is 1.
+    ``frozen``: all batches come from the reference. ``corrected`` False: old log-probs are computed again under the
+    present weights, so that every ratio is 1.
     """
     generator = torch.Generator().manual_seed(seed)
     parameter, unit, gains = policy.parameters[WEIGHT], natural(policy, beta), slopes(policy)
