@@ -1,4 +1,4 @@
-"""D3PO: its losses by hand, what whole trajectories converge to (T7), and that rewards rise."""
+"""D3PO: its losses by hand, and that rewards rise. Whole trajectories: tests/exact/test_implicit_rewards.py."""
 
 import math
 from typing import Any
@@ -17,15 +17,12 @@ from rlalign.types import Trajectory
 
 from .chains import WEIGHT, make_policy, weight
 from .preferences import (
-    at_the_optimum,
     by_fifths,
     gradient,
-    regression,
     reward,
     rewards_while_training,
     rises,
     sample_groups,
-    scores_of,
 )
 
 BETA = 0.7
@@ -117,60 +114,6 @@ def test_settings_that_cannot_be():
     for wrong in ({"clip_range": 1.0}, {"discount": 1.5}, {"beta": 0.0}, {"level": "chain"}):
         with pytest.raises(ValueError):
             Config(**wrong)  # pyright: ignore[reportArgumentType]
-
-
-# --- T7: by trajectory it is DPO on the chain
-
-
-def test_at_the_optimum_the_margin_is_the_difference_of_rewards():
-    policy = at_the_optimum(BETA, logprob_reduction="sum")
-    batch = sample_groups(policy, 500, 2, seed=1)
-    marks = Algorithm(Config()).advantages(scores_of(reward(batch.final).view(-1, 2))).flatten().double()
-    (loss, *_) = losses(policy, batch, marks, level="trajectory", **UNBOUND)
-    difference = marks * (reward(batch.final) - reward(batch.final).view(-1, 2).flip(1).flatten())
-    slope, explained = regression(difference, loss.means["margin"])
-    assert slope == pytest.approx(1, abs=1e-6)
-    assert explained > 0.999999
-    assert (loss.means["accuracy"] == 1).all()
-
-
-def off_by(policy: Policy, batches: int = 40, sharp: float = 1.0, **config: Any) -> float:
-    """The largest mean gradient in standard errors; winners are drawn as Bradley and Terry say of sharp * reward."""
-    found: list[Tensor] = []
-    for seed in range(batches):
-        batch = sample_groups(policy, 200, 2, seed)
-        generator = torch.Generator().manual_seed(seed)
-        chance = (sharp * (reward(batch.final[::2]) - reward(batch.final[1::2]))).sigmoid()
-        first = (torch.rand(200, generator=generator, dtype=torch.float64) < chance).double() * 2 - 1
-        marks = torch.stack([first, -first], 1).flatten()
-        found.append(gradient(policy, losses(policy, batch, marks, **{**UNBOUND, **config})))
-    stacked = torch.stack(found).view(batches, 2, 3, 3)[:, :, :2]
-    return float((stacked.mean(0).abs() / (stacked.std(0) / batches**0.5)).max())
-
-
-SHARP = 3.0  # rewards that differ more, so that one step is far from having decided
-
-
-@pytest.fixture(scope="module")
-def optimum() -> Policy:
-    return at_the_optimum(BETA / SHARP, logprob_reduction="sum")
-
-
-def test_by_trajectory_the_loss_rests_at_the_optimum(optimum: Policy):
-    assert off_by(optimum, sharp=SHARP, level="trajectory") < 4
-
-
-@pytest.mark.parametrize(
-    ("sharp", "config"),
-    [
-        pytest.param(SHARP, {"level": "step"}, id="by step"),
-        pytest.param(SHARP, {"level": "trajectory", "beta": 2 * BETA}, id="another beta"),
-        pytest.param(SHARP, {"level": "trajectory", "discount": 0.5}, id="discounted"),
-        pytest.param(1e9, {"level": "trajectory"}, id="winners by reward, without chance"),
-    ],
-)
-def test_and_not_otherwise(optimum: Policy, sharp: float, config: dict[str, Any]):
-    assert off_by(optimum, 20, sharp, **config) > 6
 
 
 # --- sign and monotonicity

@@ -1,4 +1,4 @@
-"""PRDP: its loss by hand, and T7 of the exact ladder: at the optimum log-ratios predict rewards, and only there."""
+"""PRDP: its loss by hand. That log-ratios come to predict rewards: tests/exact/test_implicit_rewards.py."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from rlalign.policy import Policy
 from rlalign.types import Trajectory
 
 from .chains import WEIGHT, make_policy, weight
-from .preferences import at_the_optimum, gradient, regression, reward, sample_groups, scores_of, sum_of_rows
+from .preferences import at_the_optimum, gradient, reward, sample_groups, scores_of
 
 BETA, SIZE = 0.7, 4
 WIDE: dict[str, Any] = {"beta": BETA, "clip_range": 1e9}
@@ -86,78 +86,3 @@ def test_the_bound_stops_what_would_go_on_and_lets_back():
     assert (gradient(policy, algorithm.losses(policy, batch, far, Noise(0))) == 0).all()
     assert (gradient(policy, algorithm.losses(policy, batch, -far, Noise(0))) != 0).any()
     assert all((loss.means["clip_fraction"] > 0).all() for loss in algorithm.losses(policy, batch, far, Noise(0)))
-
-
-# --- T7
-
-
-def implicit(policy: Policy, batch: Trajectory) -> Tensor:
-    """β Σ_k log π_θ/π_ref, measured with Gaussian.log_prob."""
-
-    def total() -> Tensor:
-        steps = [policy.replay(batch, slot).gaussian for slot in range(batch.num_kept)]
-        return torch.stack([g.log_prob(batch.x_next[:, k], "sum") for k, g in enumerate(steps)]).sum(0)
-
-    with torch.no_grad():
-        own = total()
-        with policy.using("reference"):
-            return BETA * (own - total())
-
-
-def fit(policy: Policy, shared: bool) -> tuple[float, float]:
-    """Slope and R² of implicit on real reward differences, of neighbours in 1000 pairs."""
-    batch = sample_groups(policy, 1000, 2, seed=3, shared=shared)
-    difference = [values.view(-1, 2).diff(dim=1).flatten() for values in (reward(batch.final), implicit(policy, batch))]
-    return regression(*difference)
-
-
-@pytest.mark.parametrize("kernel", ["flow_sde", "cps", "dance_sde"])
-def test_at_the_optimum_differences_of_rewards_are_predicted(kernel: str):
-    slope, explained = fit(at_the_optimum(BETA, kernel=kernel), shared=True)
-    assert slope == pytest.approx(1, abs=1e-6)
-    assert explained > 0.999999
-
-
-def test_not_with_starts_of_their_own_nor_for_another_beta():
-    assert fit(at_the_optimum(BETA, noise_level=0.3), shared=True)[1] > 0.999999
-    assert fit(at_the_optimum(BETA, noise_level=0.3), shared=False)[1] < 0.9
-    assert fit(at_the_optimum(1.2 * BETA), shared=True)[0] == pytest.approx(1 / 1.2, abs=1e-6)
-    assert fit(make_policy(dim=2), shared=True)[0] == 0
-
-
-def test_nothing_is_left_at_the_optimum():
-    policy = at_the_optimum(BETA)
-    batch = sample_groups(policy, 100, SIZE, seed=0)
-    found = losses(policy, batch)
-    assert sum_of_rows(found).item() == pytest.approx(0, abs=1e-9)
-    assert gradient(policy, found).abs().max() < 1e-5
-    assert gradient(policy, losses(policy, batch, beta=1.1 * BETA)).abs().max() > 1e-2
-
-
-def test_with_starts_of_their_own_the_gradient_still_rests_there():
-    """The start's share of the reward is an error that no step can explain, and that none is blamed for on average."""
-    policy = at_the_optimum(BETA)
-
-    def off_by(policy: Policy, beta: float) -> float:
-        batches = [sample_groups(policy, 50, SIZE, seed, shared=False) for seed in range(60)]
-        found = torch.stack([gradient(policy, losses(policy, batch, beta=beta)) for batch in batches])
-        found = found.view(60, 2, 3, 3)[:, :, :2]
-        return float((found.mean(0).abs() / (found.std(0) / 60**0.5)).max())
-
-    assert off_by(policy, BETA) < 4
-    assert off_by(policy, 1.1 * BETA) > 6
-
-
-def test_training_on_the_references_samples_finds_the_optimum():
-    """Regression: 60 groups of the reference are enough to know u_k exactly, since the fit is perfect."""
-    policy, target = make_policy(dim=2), weight(at_the_optimum(BETA)).clone()
-    batch = sample_groups(policy, 60, SIZE, seed=0)
-    optimizer = torch.optim.LBFGS([policy.parameters[WEIGHT]], max_iter=200, line_search_fn="strong_wolfe")
-
-    def closure() -> float:
-        found = losses(policy, batch)
-        policy.parameters[WEIGHT].grad = gradient(policy, found)
-        return sum_of_rows(found).item() / len(batch.final)
-
-    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
-    assert torch.allclose(weight(policy)[:, :2], target[:, :2], atol=1e-3)

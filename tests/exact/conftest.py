@@ -1,12 +1,14 @@
-"""How many seeds; where RLALIGN_EXACT_SEEDS says how many, also what was measured, at the end of the run, and with
-RLALIGN_EXACT_TABLE as a table in that file.
+"""How many seeds; where RLALIGN_EXACT_SEEDS says how many, also what was measured, at the end of the run, with
+RLALIGN_EXACT_TABLE as a table in that file, and with RLALIGN_EXACT_JSON as data for the pages in that one.
 """
 
+import json
 import os
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -38,6 +40,34 @@ def measured(record_property: Callable[[str, object], None]) -> Callable[..., No
     return note
 
 
+Proof = Callable[..., None]
+
+
+@pytest.fixture
+def proves(record_property: Callable[[str, object], None]) -> Proof:
+    """proves("grpo", "T2", "Flow-SDE 0.7", "distance", 0.013, "below 3 %", percent=True) puts a row on the pages.
+
+    One or more algorithms, or papers' presets; the rung of the ladder; what was trained; what was measured of it, one
+    number a seed or one of all; and what it had to be. Calls that differ in the number alone make one row.
+    """
+
+    def note(
+        algorithms: str | tuple[str, ...],
+        rung: str,
+        case: str,
+        quantity: str,
+        value: float,
+        bound: str,
+        percent: bool = False,
+    ) -> None:
+        names = (algorithms,) if isinstance(algorithms, str) else algorithms
+        for name in names:
+            row = {"algorithm": name, "rung": rung, "case": case, "quantity": quantity, "bound": bound}
+            record_property("proof", json.dumps({**row, "percent": percent, "value": float(f"{value:.4g}")}))
+
+    return note
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if "RLALIGN_EXACT_SEEDS" not in os.environ:
         return
@@ -57,6 +87,27 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if path := os.environ.get("RLALIGN_EXACT_TABLE"):
         Path(path).write_text(table(sorted(rows)))
         terminalreporter.line(f"written to {path}")
+    if path := os.environ.get("RLALIGN_EXACT_JSON"):
+        found = [
+            (str(value), outcome)
+            for outcome in ("passed", "failed")
+            for report in sorted(terminalreporter.getreports(outcome), key=lambda report: report.nodeid)
+            for name, value in getattr(report, "user_properties", ())
+            if name == "proof" and report.when == "call"
+        ]
+        Path(path).write_text(json.dumps(proofs(found), indent=1) + "\n")
+        terminalreporter.line(f"written to {path}")
+
+
+def proofs(found: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Rows for the pages, from what ``proves`` noted and how the test ended."""
+    rows: dict[str, dict[str, Any]] = {}
+    for text, outcome in found:
+        noted = json.loads(text)
+        value = noted.pop("value")
+        rows.setdefault(json.dumps(noted), {**noted, "outcome": outcome, "values": []})["values"].append(value)
+    told = {"date": f"{date.today():%d %B %Y}", "machine": machine(), "torch": torch.__version__, "seeds": SEEDS}
+    return {**told, "rows": sorted(rows.values(), key=lambda row: (int(row["rung"][1:]), row["algorithm"]))}
 
 
 Row = tuple[str, str, float, dict[str, list[str]]]

@@ -141,29 +141,41 @@ def gram(policy: Policy, at: Trajectory, plain: Plain) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Walk:
-    """``steps`` rounds of sampling and one step; ``curvature``: of a row's loss in v, which says how long a step is."""
+    """``steps`` rounds of sampling and ``updates`` steps, each on its own share of the groups.
+
+    ``curvature``: of a row's loss in v, which says how long a step is.
+    """
 
     steps: int
     curvature: float
     rows: int = 4000
     samples: int = 8
+    updates: int = 1
 
 
-def walk(policy: Policy, algorithm: Algorithm, reward: Reward, seed: int, plan: Walk) -> None:
-    """SGD in natural units, a step a round: δθ = -(curvature E J Jᵀ)⁻¹ gradient, J = ∂v/∂θ."""
+Means = dict[str, float]
+
+
+def walk(policy: Policy, algorithm: Algorithm, reward: Reward, seed: int, plan: Walk) -> list[Means]:
+    """SGD in natural units: δθ = -(curvature E J Jᵀ)⁻¹ gradient, J = ∂v/∂θ. Answers each update's metrics."""
     generator, theta = torch.Generator().manual_seed(seed), policy.parameters[THETA]
-    optimizer = torch.optim.SGD([theta], lr=1.0)
+    optimizer, told = torch.optim.SGD([theta], lr=1.0), list[Means]()
+    for name in algorithm.needs.copies:
+        policy.keep(name)
     for step in range(plan.steps):
         with policy.using(algorithm.sample_with):
             batch = sample(policy, plan.rows, plan.samples, generator)
         plain = Plain(seed, step)
-        backward(policy, algorithm, batch, reward, plan.samples, plain)
-        assert theta.grad is not None
+        given = algorithm.advantages(scores_of(reward(batch.final), plan.samples)).flatten().double()
         natural = torch.linalg.pinv(plan.curvature * gram(policy, batch, plain), hermitian=True, rtol=1e-6)
-        theta.grad.copy_(natural @ theta.grad)
-        optimizer.step()
-        optimizer.zero_grad()
+        for rows in torch.arange(plan.rows).chunk(plan.updates):
+            told.append(pushed(policy, algorithm, batch.take(rows), given[rows], plain)[1])
+            assert theta.grad is not None
+            theta.grad.copy_(natural @ theta.grad)
+            optimizer.step()
+            optimizer.zero_grad()
         algorithm.after_step(policy, step + 1)
+    return told
 
 
 def fit(policy: Policy, algorithm: Algorithm, reward: Reward, seed: int, rounds: int, rows: int) -> None:
@@ -186,12 +198,26 @@ def backward(
     policy: Policy, algorithm: Algorithm, batch: Trajectory, reward: Reward, samples: int, plain: Plain
 ) -> float:
     given = algorithm.advantages(scores_of(reward(batch.final), samples)).flatten().double()
-    total = 0.0
-    for loss in algorithm.losses(policy, batch, given, cast(Noise, plain)):
-        mean = loss.rows.mean()
+    return pushed(policy, algorithm, batch, given, plain)[0]
+
+
+def pushed(
+    policy: Policy, algorithm: Algorithm, batch: Trajectory, advantages: Tensor, plain: Plain
+) -> tuple[float, Means]:
+    """Leaves the gradient of the mean loss; that loss, and metrics: means over times and rows, weighed by A²."""
+    count = len(advantages)
+    if algorithm.needs.silent_zero:  # as the learner does
+        loud = advantages.nonzero().flatten()
+        batch, advantages = batch.take(loud), advantages[loud]
+    shares = advantages.square() / advantages.square().sum()
+    total, told = 0.0, dict[str, list[float]]()
+    for loss in algorithm.losses(policy, batch, advantages, cast(Noise, plain)):
+        mean = loss.rows.sum() / count
         mean.backward()
         total += float(mean.detach())
-    return total
+        for name, values in loss.means.items():
+            told.setdefault(name, []).append(float((shares * values).sum()))
+    return total, {name: sum(values) / len(values) for name, values in told.items()}
 
 
 def log_ratio_slope(base: Tensor, tuned: Tensor) -> tuple[float, float]:

@@ -8,6 +8,7 @@ of which CRD and PAR make the reward itself, DPO a margin and KTO a gain. None o
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from scipy.optimize import minimize
@@ -106,8 +107,8 @@ def softplus(x: Array) -> Array:
     return np.logaddexp(0, x)
 
 
-def dpo(slope: float, beta: float) -> Array:
-    """[N, X] δ at the minimum of  -E log σ(h),  h = (β/2) (g_winner - g_loser)."""
+def dpo(slope: float, beta: float, form: Literal["sigmoid", "ipo"] = "sigmoid") -> Array:
+    """[N, X] δ at the minimum of  -E log σ(h),  h = (β/2) (g_winner - g_loser), or of  E (h/β - 1/(2β))²."""
     table = NOTHING.copy()
     for level in range(LEVELS)[PAIRED]:
         pairs = pairs_at(level, slope)
@@ -115,8 +116,13 @@ def dpo(slope: float, beta: float) -> Array:
         def loss(delta: Array, pairs: Pairs = pairs) -> tuple[float, Array]:
             one, two = pairs.gains(delta)
             h, p = beta / 2 * (one - two), pairs.chance
-            value = (pairs.weight * (p * softplus(-h) + (1 - p) * softplus(h))).sum()
-            by_h = pairs.weight * (expit(h) - p) * beta / 2
+            if form == "ipo":
+                m = 1 / 2  # of h
+                value = (pairs.weight * (p * (h - m) ** 2 + (1 - p) * (h + m) ** 2)).sum() / beta**2
+                by_h = pairs.weight * 2 * (h - (2 * p - 1) * m) / beta**2 * beta / 2
+            else:
+                value = (pairs.weight * (p * softplus(-h) + (1 - p) * softplus(h))).sum()
+                by_h = pairs.weight * (expit(h) - p) * beta / 2
             return float(value), pairs.slopes(delta, [by_h, -by_h])
 
         table[level] = lbfgs(loss, table[level])

@@ -22,6 +22,7 @@ from rlalign.policy import Policy, RolloutConfig
 from rlalign.types import Trajectory
 from tests.algorithms.chains import SHIFT, WEIGHT, weight
 
+from .conftest import Proof
 from .mixture import Plain, backward, sample
 from .training import Budget
 
@@ -115,15 +116,20 @@ def test_the_sampler_keeps_the_variance():
     assert (final / noise).mean().item() == pytest.approx(STD, rel=1e-3)
 
 
-def test_it_rests_at_the_velocity_of_the_exact_tilt(seeds: tuple[int, ...], measured: Callable[..., None]):
+def test_it_rests_at_the_velocity_of_the_exact_tilt(
+    seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
+):
     for seed in seeds:
         found = trained(METHODS["rvm"](BETA), seed, BUDGET, BETA)
         measured(error=error(found, BETA))
+        proves(
+            "rvm", "T4", "linear reward", "distance to the exact tilt", error(found, BETA), "below 3 %", percent=True
+        )
         assert error(found, BETA) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_on_its_own_samples_every_method_has_this_gradient(name: str, measured: Callable[..., None]):
+def test_on_its_own_samples_every_method_has_this_gradient(name: str, measured: Callable[..., None], proves: Proof):
     """So that they rest at the same point. RAM's is 1/β of it; two policies, one far from the reference."""
     for shift in (0.0, 0.7):
         gradients: dict[str, Tensor] = {}
@@ -141,7 +147,15 @@ def test_on_its_own_samples_every_method_has_this_gradient(name: str, measured: 
             gradients[method] = gradient * (BETA if config.name == "ram" else 1)
         off = (gradients[name] - gradients["rvm"]).abs().max() / gradients["rvm"].abs().max()
         measured(off=float(off))
+        if name != "rvm":
+            proves(
+                config_name(name), "T4", name, "gradient against RVM's, on its own samples", float(off), "below 1e-12"
+            )
         assert off < 1e-12
+
+
+def config_name(method: str) -> str:
+    return METHODS[method](BETA).name
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from rlalign.algorithms.base import Algorithm
 from rlalign.policy import Policy
 from tests.algorithms.chains import make_policy
 
+from .conftest import Proof
 from .riccati import Chain, Controls, Outcome, Quadratic, distance, evaluate, solve, through
 from .training import WIDE, Budget, Interval, Trained, chain_of, mean_of, train
 
@@ -78,38 +79,57 @@ def trained(
 
 
 def shift(at: Problem, runs: Sequence[Trained]) -> Interval:
-    """Of the mean of qᵀy_N, over the points of all runs."""
+    """Of the mean of qᵀy_N."""
     base = at.outcome_of(Controls(torch.zeros_like(at.optimum.a), torch.zeros_like(at.optimum.b))).reward
-    return Interval.of(torch.stack([at.outcome_of(u).reward - base for run in runs for u in run.points]))
+    return Interval.between([torch.stack([at.outcome_of(u).reward - base for u in run.points]) for run in runs])
 
 
 def worst(at: Problem, runs: Sequence[Trained], expected: Controls | None = None) -> float:
     return max(at.off(run.controls, expected) for run in runs)
 
 
+def told(
+    proves: Proof, name: str, case: str, at: Problem, runs: Sequence[Trained], expected: float | None = None
+) -> None:
+    """Distances of the seeds from the optimum, and where it is given the shift that is expected, on the pages."""
+    for run in runs:
+        proves(name, "T2", case, "distance to the optimum", at.off(run.controls), "below 3 %", percent=True)
+    if expected is not None:
+        found = shift(at, runs)
+        bound = f"{expected:.4f}, which is to be within ± {found.half():.4f}"
+        proves(name, "T2", case, "shift of the mean reward", found.mean, bound)
+
+
 LONG = Budget(steps=24, groups=1000, samples=GROUP)
 WIDE_BATCHES = Budget(steps=50, groups=2000, samples=GROUP)
 SHORT = Budget(steps=24, groups=1000, samples=GROUP)
+HALF = Budget(steps=24, groups=500, samples=GROUP)
 
 
 @pytest.mark.parametrize(
     ("kernel", "noise_level", "variance"), [(*kernel, v) for kernel, v in zip(KERNELS, TABLE, strict=True)]
 )
 def test_ten_steps_in_one_dimension(
-    kernel: str, noise_level: float, variance: float, seeds: tuple[int, ...], measured: Callable[..., None]
+    kernel: str,
+    noise_level: float,
+    variance: float,
+    seeds: tuple[int, ...],
+    measured: Callable[..., None],
+    proves: Proof,
 ):
     at = problem(1, 10, kernel, noise_level)
     runs = trained(lambda: problem(1, 10, kernel, noise_level), algorithm(), seeds, LONG)
     found = shift(at, runs)
     measured(distance=worst(at, runs), shift=found.mean, half=found.half(), true=variance / BETA)
     measured(gradient=max(run.gradient for run in runs))
+    told(proves, "grpo", f"{kernel} {noise_level:g}, ten steps, 1-D", at, runs, variance / BETA)
     assert worst(at, runs) < TOLERANCE
     assert found.covers(variance / BETA)  # q = 1
 
 
 @pytest.mark.parametrize(("kernel", "noise_level"), KERNELS)
 def test_four_steps_in_four_dimensions(
-    kernel: str, noise_level: float, seeds: tuple[int, ...], measured: Callable[..., None]
+    kernel: str, noise_level: float, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
 ):
     at = problem(4, 4, kernel, noise_level)
     runs = trained(lambda: problem(4, 4, kernel, noise_level), algorithm(), seeds, WIDE_BATCHES)
@@ -117,6 +137,7 @@ def test_four_steps_in_four_dimensions(
     expected = float(at.reward.q @ covariance @ at.reward.q / BETA)
     measured(distance=worst(at, runs), shift=found.mean, half=found.half(), true=expected)
     measured(gradient=max(run.gradient for run in runs))
+    told(proves, "grpo", f"{kernel} {noise_level:g}, four steps, 4-D", at, runs, expected)
     assert worst(at, runs) < TOLERANCE
     assert found.covers(expected)
 
@@ -132,28 +153,30 @@ def own_reward_left_in(advantages: Tensor) -> Tensor:
     return advantages * GROUP / (GROUP - 1)
 
 
-def test_center_needs_its_factor(seeds: tuple[int, ...], measured: Callable[..., None]):
+def test_center_needs_its_factor(seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
     """A = (r - mean_g) G/(G - 1) is unbiased; without the factor it acts as a penalty of β G/(G - 1)."""
     center = algorithm(advantage="center")
     right = trained(flow, center, seeds, SHORT, advantages=own_reward_left_in)
     short = trained(flow, center, seeds, SHORT)
     weaker = flow(betas=BETA * GROUP / (GROUP - 1))
     measured(distance=worst(flow(), right), without=worst(flow(), short), own=worst(weaker, short))
+    told(proves, "grpo", "advantage: center, times G/(G - 1)", flow(), right)
     assert worst(flow(), right) < TOLERANCE
     assert min(flow().off(run.controls) for run in short) > 0.09
     assert worst(weaker, short) < TOLERANCE
 
 
 def test_mean_log_probs_with_a_mean_penalty_have_the_same_optimum(
-    seeds: tuple[int, ...], measured: Callable[..., None]
+    seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
 ):
     at, runs = flow(2), trained(lambda: flow(2, reduction="mean"), algorithm(), seeds, WIDE_BATCHES)
     measured(distance=worst(at, runs))
+    told(proves, "grpo", "mean log-probs, mean penalty", at, runs)
     assert worst(at, runs) < TOLERANCE
 
 
 def test_divided_by_the_std_the_weight_is_that_of_beta_times_the_std(
-    seeds: tuple[int, ...], measured: Callable[..., None]
+    seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
 ):
     """The optimum moves the mean and not the covariance, so the std of rewards stays what it is at the reference.
 
@@ -167,40 +190,47 @@ def test_divided_by_the_std_the_weight_is_that_of_beta_times_the_std(
     budget = Budget(steps=24, groups=1000, samples=GROUP, shared=False)
     runs = trained(flow, divided, seeds, budget, advantages=own_reward_left_in)
     measured(distance=worst(at, runs), std=spread)
+    told(proves, "grpo", "advantage: global_std, β times the std of rewards", at, runs)
     assert worst(at, runs) < TOLERANCE
     assert min(flow().off(run.controls) for run in runs) > 0.2
 
 
-@pytest.mark.parametrize(
-    ("build", "weights"),
-    [
-        pytest.param(lambda beta: dpok.Config(kl_weight=beta, clip_range=1.0), "alike", id="dpok"),
-        pytest.param(
-            lambda beta: dpok.Config(kl_weight=beta, clip_range=1.0, kl_credit="to_go"), "alike", id="dpok-to_go"
-        ),
-        pytest.param(
-            lambda beta: flow_dppo.Config(advantage="loo", adv_clip=1e9, threshold=1e9, kl_weight=beta),
-            "alike",
-            id="flow_dppo",
-        ),
-        pytest.param(lambda beta: grpo_guard.Config(**WIDE, kl_weight=beta), "std over tau", id="grpo_guard"),
-    ],
-)
+OTHERS: dict[str, Callable[[float], Any]] = {
+    "dpok": lambda beta: dpok.Config(kl_weight=beta, clip_range=1.0),
+    "dpok, to_go": lambda beta: dpok.Config(kl_weight=beta, clip_range=1.0, kl_credit="to_go"),
+    "flow_dppo": lambda beta: flow_dppo.Config(advantage="loo", adv_clip=1e9, threshold=1e9, kl_weight=beta),
+    "grpo_guard": lambda beta: grpo_guard.Config(**WIDE, kl_weight=beta),
+}
+
+
+@pytest.mark.parametrize(("kernel", "noise_level"), KERNELS)
+@pytest.mark.parametrize("name", OTHERS)
 def test_other_trajectory_methods(
-    build: Callable[[float], Any], weights: str, seeds: tuple[int, ...], measured: Callable[..., None]
+    name: str,
+    kernel: str,
+    noise_level: float,
+    seeds: tuple[int, ...],
+    measured: Callable[..., None],
+    proves: Proof,
 ):
     """GRPO-Guard weights the policy term of step k by c_k/τ_k and not its KL: β_k = β τ_k/c_k (EXACT_TESTS 3.3)."""
-    beta, plain = 3.0, flow(betas=3.0)
-    betas = beta * taus(plain) / plain.chain.c.clamp(min=1e-9) if weights == "std over tau" else torch.full((4,), beta)
-    at, config = flow(betas=betas.double()), build(beta)
+
+    def build(betas: float | Tensor) -> Problem:
+        return problem(1, 4, kernel, noise_level, betas)
+
+    beta, plain = 3.0, build(3.0)
+    guard = name == "grpo_guard"
+    at = build(beta * taus(plain) / plain.chain.c.clamp(min=1e-9)) if guard else plain
+    config = OTHERS[name](beta)
     chosen = import_module(f"rlalign.algorithms.{config.name}").Algorithm(config)
-    runs = trained(flow, chosen, seeds, SHORT, beta=beta)
+    runs = trained(lambda: build(beta), chosen, seeds, HALF, beta=beta)
     found, expected = shift(at, runs), float((at.outcome.mean * at.reward.q).sum())
     measured(distance=worst(at, runs), shift=found.mean, half=found.half(), true=expected)
+    told(proves, config.name, f"{name}, {kernel} {noise_level:g}", at, runs, expected)
     assert worst(at, runs) < TOLERANCE
     assert found.covers(expected)
-    if weights != "alike":
-        assert min(plain.off(run.controls) for run in runs) > 1
+    if guard:
+        assert min(plain.off(run.controls) for run in runs) > 5 * TOLERANCE
 
 
 def taus(at: Problem) -> Tensor:
@@ -239,20 +269,21 @@ def test_shuffled_advantages_lead_nowhere(seeds: tuple[int, ...], measured: Call
 
 
 def test_without_a_penalty_it_never_stops(seeds: tuple[int, ...], measured: Callable[..., None]):
-    """Path KL grows at least linearly; the same loop with the penalty stays at the optimum's KL."""
-    budget = Budget(steps=60, groups=300, samples=GROUP, burn_in=0.9, first=0.15)
+    """Path KL grows at least linearly; the same loop with the penalty stays at the optimum's KL.
+
+    That is quadratic in the controls, so within 2 TOLERANCE of it where they are within TOLERANCE.
+    """
+    budget = Budget(steps=60, groups=300, samples=GROUP, burn_in=0.5, first=0.15)
     at = flow()
     for seed in seeds:
-        kl: dict[float, list[float]] = {}
-        for weight in (0.0, BETA):
-            (run,) = trained(flow, algorithm(kl_weight=weight), [seed], budget)
-            kl[weight] = [float(at.outcome_of(run.path[t]).kl.sum()) for t in (15, 30, 60)]
-        optimum = float(at.outcome.kl.sum())
-        measured(kl15=kl[0.0][0], kl30=kl[0.0][1], kl60=kl[0.0][2], optimum=optimum, penalised=kl[BETA][2])
+        free, held = (trained(flow, algorithm(kl_weight=weight), [seed], budget)[0] for weight in (0.0, BETA))
+        kl = [float(at.outcome_of(free.path[t]).kl.sum()) for t in (15, 30, 60)]
+        optimum, penalised = float(at.outcome.kl.sum()), float(at.outcome_of(held.controls).kl.sum())
+        measured(kl15=kl[0], kl30=kl[1], kl60=kl[2], optimum=optimum, penalised=penalised)
         # steps fall as 1/√t and their sum grows as √t: constants alone would give a KL linear in t
-        assert kl[0.0][1] > 1.9 * kl[0.0][0] and kl[0.0][2] > 1.9 * kl[0.0][1]
-        assert kl[0.0][2] > 10 * optimum
-        assert kl[BETA][2] == pytest.approx(optimum, rel=0.15)
+        assert kl[1] > 1.9 * kl[0] and kl[2] > 1.9 * kl[1]
+        assert kl[2] > 10 * optimum
+        assert penalised == pytest.approx(optimum, rel=2 * TOLERANCE)
 
 
 def test_a_penalty_without_tau_is_too_weak_by_it(seeds: tuple[int, ...], measured: Callable[..., None]):

@@ -19,6 +19,7 @@ from rlalign.algorithms import awm, crd, dpo, epg, kto, ram, rvm
 from rlalign.policy import Policy
 from rlalign.types import Trajectory
 
+from .conftest import Proof
 from .grid import (
     KNOTS,
     LEVELS,
@@ -45,6 +46,10 @@ from .regressions import kto as rest_of_kto
 TOLERANCE = 0.05
 KEPT = awm.Ramp(start=1.0, rate=0.0, max=1.0)  # old weights that never move
 MOVED = awm.Ramp(rate=0.0, max=0.0)  # none but the policy's own
+
+
+def told(proves: Proof, names: str | tuple[str, ...], case: str, distance: float) -> None:
+    proves(names, "T6", case, "distance to its own fixed point", distance, "below 5 %", percent=True)
 
 
 def built(config: Any) -> Any:
@@ -102,7 +107,7 @@ def run(method: str, name: str, seed: int, plan: Plan = PLAN, sign: float = 1.0,
 
 
 @pytest.mark.parametrize(("method", "name"), [*[(method, "linear") for method in METHODS], ("rvm", "indicator")])
-def test_anchored_methods(method: str, name: str, seeds: tuple[int, ...], measured: Callable[..., None]):
+def test_anchored_methods(method: str, name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
     _, of_policy, of_anchor = METHODS[method]
     kappa = np.divide(of_policy, BETA[name] * of_anchor)
     expected, given = anchored(as_array(name), kappa)
@@ -111,6 +116,7 @@ def test_anchored_methods(method: str, name: str, seeds: tuple[int, ...], measur
     for seed in seeds:
         found = run(method, name, seed)
         measured(distance=distance(found, expected, given.density), to_tilt=distance(found, exact, given.density))
+        told(proves, method.partition("-")[0], f"{method}, {name} reward", distance(found, expected, given.density))
         assert distance(found, expected, given.density) < TOLERANCE
         assert distance(found, exact, given.density) > 1.5 * TOLERANCE
 
@@ -170,7 +176,7 @@ REGRESSIONS = {
 
 
 @pytest.mark.parametrize("name", REGRESSIONS)
-def test_regressions(name: str, seeds: tuple[int, ...], measured: Callable[..., None]):
+def test_regressions(name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
     build, slope, plan = REGRESSIONS[name]
     algorithm, curvature, expected = build()
     strength, nearest = nearest_tilt(expected, True, BASE.density, MIDDLE)
@@ -180,6 +186,8 @@ def test_regressions(name: str, seeds: tuple[int, ...], measured: Callable[..., 
         draw = fresh(lambda x: slope * x[:, 0], seed, "reference")
         found = trained(algorithm, draw, curvature, BASE.density, plan)
         measured(distance=off(found, expected))
+        names = {"crd": ("crd",), "par": ("epg", "par", "pepg")}[name.partition("-")[0]]
+        told(proves, names, name, off(found, expected))
         assert off(found, expected) < TOLERANCE
 
 
@@ -233,18 +241,25 @@ def of_dpo() -> tuple[Any, Array]:
     return built(dpo.Config(**TWO, beta=4.0)), 4 * SQUARE
 
 
+def of_ipo() -> tuple[Any, Array]:
+    return built(dpo.Config(**TWO, beta=IPO, loss="ipo")), 2 * SQUARE
+
+
 def of_kto() -> tuple[Any, Array]:
     return built(kto.Config(**TWO, beta=0.3, liked_weight=4.0)), np.full_like(SQUARE, 0.225)
 
 
+IPO = 1.0
+
 PREFERENCES: dict[str, Any] = {  # algorithm, slope, where it rests, and where another weight would
     "dpo": (of_dpo, 2.0, lambda: rest_of_dpo(2.0, 4.0), lambda: rest_of_dpo(2.0, 5.5)),
+    "ipo": (of_ipo, 2.0, lambda: rest_of_dpo(2.0, IPO, "ipo"), lambda: rest_of_dpo(2.0, 1.4 * IPO, "ipo")),
     "kto": (of_kto, 1.0, lambda: rest_of_kto(1.0, 0.3, 4.0), lambda: rest_of_kto(1.0, 0.3, 5.5)),
 }
 
 
 @pytest.mark.parametrize("name", PREFERENCES)
-def test_preferences(name: str, seeds: tuple[int, ...], measured: Callable[..., None]):
+def test_preferences(name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof):
     """DPO's point is at no tilt; KTO's lies so near to one that only its strength would give it away."""
     build, slope, rest, elsewhere = PREFERENCES[name]
     expected, other = rest(), elsewhere()
@@ -254,5 +269,7 @@ def test_preferences(name: str, seeds: tuple[int, ...], measured: Callable[..., 
         algorithm, curvature = build()
         found = trained(algorithm, judged(slope, seed), curvature, BASE.density, PAIRS)
         measured(distance=off(found, expected, PAIRED), to_another_weight=off(found, other, PAIRED))
+        names = {"dpo": ("dpo", "online_dpo")}.get(name, (name,))
+        told(proves, names, f"{name}, pairs of the reference", off(found, expected, PAIRED))
         assert off(found, expected, PAIRED) < TOLERANCE
         assert off(found, other, PAIRED) > 2 * TOLERANCE

@@ -16,6 +16,7 @@ from torch import Tensor
 from rlalign.algorithms import dpok, flow_dppo, grpo, grpo_guard
 from tests.algorithms.chains import make_policy
 
+from .conftest import Proof
 from .riccati import Controls, Credit, Outcome, Quadratic, distance, evaluate, solve
 from .training import WIDE, Budget, Trained, chain_of, slopes, train
 
@@ -79,40 +80,42 @@ def guard(beta: float) -> Any:
     return grpo_guard.Config(**WIDE, kl_weight=beta)
 
 
-@pytest.mark.parametrize(
-    ("build", "credit", "where"),
-    [
-        pytest.param(of_grpo, "direct", (1, "flow_sde", 0.7, 0.3), id="grpo-flow"),
-        pytest.param(of_grpo, "direct", (1, "cps", 0.7, 0.3), id="grpo-cps"),
-        pytest.param(of_grpo, "direct", (1, "ddpm", 0.0, 0.3), id="grpo-ddpm"),
-        pytest.param(of_grpo, "direct", (2, "flow_sde", 0.7, 0.3), id="grpo-flow-2d"),
-        pytest.param(of_dpok("direct"), "direct", (1, "flow_sde", 0.7, 0.3), id="dpok"),
-        pytest.param(of_dpok("to_go"), "to_go", (1, "flow_sde", 0.7, 0.3), id="dpok-to_go"),
-        pytest.param(of_dpok("to_go"), "to_go", (2, "ddpm", 0.0, 0.3), id="dpok-to_go-ddpm-2d"),
-        pytest.param(trust, "direct", (1, "flow_sde", 0.7, 0.3), id="flow_dppo"),
-        pytest.param(guard, "direct", (1, "flow_sde", 0.7, 1.2, "guard"), id="grpo_guard"),
-        pytest.param(weighted("tempflow"), "direct", (1, "flow_sde", 0.7, 0.3, "tempflow"), id="tempflow"),
-        pytest.param(weighted("flash"), "direct", (1, "flow_sde", 0.7, 0.3, "flash"), id="flash"),
-    ],
-)
+CASES: dict[str, tuple[str, Callable[[float], Any], Credit, tuple[Any, ...]]] = {
+    "flow_sde 0.7": ("grpo", of_grpo, "direct", (1, "flow_sde", 0.7, 0.3)),
+    "cps 0.7": ("grpo", of_grpo, "direct", (1, "cps", 0.7, 0.3)),
+    "ddpm": ("grpo", of_grpo, "direct", (1, "ddpm", 0.0, 0.3)),
+    "flow_sde 0.7, 2-D": ("grpo", of_grpo, "direct", (2, "flow_sde", 0.7, 0.3)),
+    "dpok": ("dpok", of_dpok("direct"), "direct", (1, "flow_sde", 0.7, 0.3)),
+    "dpok, to_go": ("dpok", of_dpok("to_go"), "to_go", (1, "flow_sde", 0.7, 0.3)),
+    "dpok, to_go, ddpm, 2-D": ("dpok", of_dpok("to_go"), "to_go", (2, "ddpm", 0.0, 0.3)),
+    "flow_dppo": ("flow_dppo", trust, "direct", (1, "flow_sde", 0.7, 0.3)),
+    "grpo_guard": ("grpo_guard", guard, "direct", (1, "flow_sde", 0.7, 1.2, "guard")),
+    "step_weight: tempflow": ("tempflow_grpo", weighted("tempflow"), "direct", (1, "flow_sde", 0.7, 0.3, "tempflow")),
+    "step_weight: flash": ("flash_grpo", weighted("flash"), "direct", (1, "flow_sde", 0.7, 0.3, "flash")),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
 def test_it_rests_at_its_own_point_and_not_at_the_other(
-    build: Callable[[float], Any],
-    credit: Credit,
-    where: tuple[Any, ...],
-    seeds: tuple[int, ...],
-    measured: Callable[..., None],
+    name: str, seeds: tuple[int, ...], measured: Callable[..., None], proves: Proof
 ):
+    algorithm, build, credit, where = CASES[name]
     at, other = Problem(*where), {"direct": "to_go", "to_go": "direct"}[credit]
     apart = at.off(at.points[credit], other)
     assert apart > 0.15
     runs = [at.train(build(at.beta), seed) for seed in seeds]
-    own, wrong = max(at.off(run.controls, credit) for run in runs), min(at.off(run.controls, other) for run in runs)
-    measured(distance=own, other=wrong, apart=apart, gradient=max(run.gradient for run in runs))
-    assert own < TOLERANCE
-    assert wrong > 0.15
+    for run in runs:
+        own, wrong = at.off(run.controls, credit), at.off(run.controls, other)
+        measured(distance=own, other=wrong)
+        proves(algorithm, "T3", name, f"distance to the point of `{credit}`", own, "below 5 %", percent=True)
+        proves(algorithm, "T3", name, f"distance to the point of `{other}`", wrong, "above 15 %", percent=True)
+        assert own < TOLERANCE
+        assert wrong > 0.15
+    measured(apart=apart, gradient=max(run.gradient for run in runs))
     out, expected = at.outcome(runs[0].controls), at.outcome(at.points[credit])
     gap = at.value(at.points["to_go"]) - at.value(runs[0].controls)
     measured(reward=float(out.reward), true=float(expected.reward), kl=float(out.kl.sum()), gap=gap)
+    # quadratic in the controls: within 2 TOLERANCE where they are within TOLERANCE
     assert float(out.kl.sum()) == pytest.approx(float(expected.kl.sum()), rel=2 * TOLERANCE)
     assert gap >= 0  # J of what was trained is never above that of the optimum
 

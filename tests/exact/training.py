@@ -4,7 +4,6 @@ Policies are those of tests/algorithms/chains.py: N(0, I) data, the exact veloci
 step, so that every optimum of riccati.py is in the policy class. Distances are measured in controls u_k, not weights.
 """
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from rlalign.algorithms.base import Algorithm
 from rlalign.mdp.noise import Noise
-from rlalign.policy import Policy
+from rlalign.policy import Policy, RolloutConfig, draw_steps
 from rlalign.types import RewardScores, Scores, Trajectory
 from tests.algorithms.chains import WEIGHT, affine, weight
 
@@ -92,11 +91,12 @@ class Drawn:
     Algorithms that ask for a step's noise again get it.
     """
 
-    steps: list[Tensor]
+    samples: int  # of a group
+    steps: dict[int, Tensor] = field(default_factory=dict[int, Tensor])  # [B, *L] of each stochastic step
 
     def normal(self, purpose: str, address: Tensor, index: int, shape: tuple[int, ...]) -> Tensor:
-        assert purpose == "rollout/step" and len(address) == len(self.steps[index])
-        return self.steps[index]
+        assert purpose == "rollout/step"
+        return self.steps[index][address[:, 1] * self.samples + address[:, 2]]
 
 
 def roll_out(policy: Policy, groups: int, samples: int, generator: torch.Generator, shared: bool = False) -> Trajectory:
@@ -104,32 +104,38 @@ def roll_out(policy: Policy, groups: int, samples: int, generator: torch.Generat
 
 
 def rolled(
-    policy: Policy, groups: int, samples: int, generator: torch.Generator, shared: bool = False
+    policy: Policy, groups: int, samples: int, generator: torch.Generator, shared: bool = False, number: int = 0
 ) -> tuple[Trajectory, Drawn]:
-    """All steps but the last stochastic and kept."""
+    """Stochastic and kept are the steps that the policy's settings draw for each group of batch ``number``."""
     rows, schedule = groups * samples, policy.schedule(policy.settings)
-    steps = schedule.num_steps - 1
-    stochastic = torch.ones(rows, steps + 1, dtype=torch.bool)
-    stochastic[:, -1] = False
-    kept = torch.arange(steps).expand(rows, -1)
+    stochastic, kept = (part.repeat_interleave(samples, 0) for part in drawn_steps(policy.settings, groups, number))
     cond = {"log_weights": torch.zeros(rows, 1, dtype=torch.float64)}
 
     def noise(rows: int) -> Tensor:
         return torch.randn(rows, *policy.latent_shape, generator=generator, dtype=torch.float64)
 
     start = noise(groups).repeat_interleave(samples, 0) if shared else noise(rows)
-    drawn: list[Tensor] = []
+    drawn = Drawn(samples)
 
     def next_noise(k: int) -> Tensor:
-        drawn.append(noise(rows))
-        return drawn[k]
+        drawn.steps[k] = noise(rows)
+        return drawn.steps[k]
 
     chain = policy.roll_out(start, cond, None, schedule, stochastic, kept, next_noise, policy.settings)
     group, sample = torch.arange(rows) // samples, torch.arange(rows) % samples
     address = torch.stack([torch.zeros_like(group), group, sample], 1)
     parts = (chain.x, chain.x_next, chain.log_probs, chain.final)
     version = torch.zeros(rows, dtype=torch.int64)
-    return Trajectory(cond, None, schedule, kept, *parts, version, address), Drawn(drawn)
+    return Trajectory(cond, None, schedule, kept, *parts, version, address), drawn
+
+
+def drawn_steps(settings: RolloutConfig, groups: int, number: int) -> tuple[Tensor, Tensor]:
+    """[groups, N] bool and [groups, K]; where nothing is drawn all groups are alike."""
+    window, alone = settings.window, settings.train_fraction == 1
+    drawn = not alone or (window is not None and window.schedule == "random" and window.places(settings.num_steps) > 1)
+    plans = [draw_steps(settings, True, Noise(1), number, group) for group in range(groups if drawn else 1)]
+    stochastic, kept = (torch.stack(part) for part in zip(*plans, strict=True))
+    return stochastic.expand(groups, -1), kept.expand(groups, -1)
 
 
 def scores_of(rewards: Tensor, samples: int) -> Scores:
@@ -144,7 +150,10 @@ def scores_of(rewards: Tensor, samples: int) -> Scores:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """What a training leaves: after each averaged step where a whole step would have led, and the gradient there."""
+    """What a training leaves: after each averaged step where a whole step would have led, and the gradient there.
+
+    With a linear reward a whole step leads from anywhere to the optimum of its batch, so these points are independent.
+    """
 
     points: list[Controls]
     gradients: list[Tensor]  # in natural units, as controls [N, D, D + 1]
@@ -177,7 +186,23 @@ def natural(policy: Policy, beta: float) -> Tensor:
     scale = chain.c.square() / (beta * slopes(policy).square())
     per_entry = scale[:, None] / moments.diagonal(dim1=1, dim2=2)  # [N, D + 1]
     mean = policy.settings.logprob_reduction == "mean"
-    return per_entry * (len(chain.c) - 1) * (dim if mean else 1)
+    return per_entry * seldom(policy.settings)[:, None] * (dim if mean else 1)
+
+
+def seldom(settings: RolloutConfig) -> Tensor:
+    """[N]: what the mean over kept steps and over groups leaves of a step's gradient, inverted; 0 where nothing is."""
+    window, number = settings.window, settings.num_steps
+    share = torch.zeros(number, dtype=torch.float64)  # of groups in which a step is stochastic
+    if window is None:
+        share[:-1] = 1
+    elif window.schedule == "random":
+        starts = range(window.bounds(number)[0], window.bounds(number)[0] + window.places(number))
+        for start in starts:
+            share[start : start + window.size] += 1 / len(starts)
+    else:  # one after the other, each as if it were alone
+        share[slice(*window.bounds(number))] = 1
+    kept = settings.num_kept / (window.size if window else number - 1)
+    return torch.where(share > 0, settings.num_kept / (share * kept), 0)
 
 
 def train(
@@ -188,28 +213,23 @@ def train(
     seed: int,
     budget: Budget,
     advantages: Callable[[Tensor], Tensor] = lambda advantages: advantages,
-    delay: int = 0,
     frozen: bool = False,
     corrected: bool = True,
 ) -> Trained:
     """SGD in natural units with decreasing steps. ``beta`` only says how long a natural step is.
 
-    ``delay``: batches are that many versions old when they are learnt from; ``frozen``: all come from the reference.
-    ``corrected`` False: old log-probs are computed again under the present weights, so that every ratio is 1.
+    ``frozen``: all batches come from the reference. ``corrected`` False: old log-probs are computed again under the
+    present weights, so that every ratio is 1.
     """
     generator = torch.Generator().manual_seed(seed)
     parameter, unit, gains = policy.parameters[WEIGHT], natural(policy, beta), slopes(policy)
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    waiting: deque[tuple[Trajectory, Drawn]] = deque()
     points: list[Controls] = []
     gradients: list[Tensor] = []
     path: list[Controls] = []
     for step in range(budget.steps):
         with policy.using("reference" if frozen else "policy"):
-            waiting.append(rolled(policy, budget.groups, budget.samples, generator, budget.shared))
-        if len(waiting) <= delay:
-            continue
-        sample, drawn = waiting.popleft()
+            sample, drawn = rolled(policy, budget.groups, budget.samples, generator, budget.shared, step)
         if not corrected:
             sample = replace(sample, log_probs=scored_again(policy, sample))
         given = algorithm.advantages(scores_of(reward(sample.final), budget.samples)).flatten().double()
@@ -244,14 +264,23 @@ def scored_again(policy: Policy, sample: Trajectory) -> Tensor:
 class Interval:
     mean: float
     error: float  # standard error
-    count: int
+    count: int  # of what it is estimated from
 
     @staticmethod
     def of(values: Tensor) -> "Interval":
+        """Of independent values."""
         return Interval(float(values.mean()), float(values.std() / len(values) ** 0.5), len(values))
 
+    @staticmethod
+    def between(runs: Sequence[Tensor]) -> "Interval":
+        """Of seeds: each counts as one value, the mean of its points. A single one leaves only its points to go by."""
+        if len(runs) > 1:
+            return Interval.of(torch.stack([points.mean() for points in runs]))
+        return Interval(float(runs[0].mean()), float(runs[0].std() / len(runs[0]) ** 0.5), 1)
+
     def half(self, level: float = 0.99) -> float:
-        return float(student.ppf((1 + level) / 2, self.count - 1)) * self.error
+        """Of the t interval; with a single seed four standard errors (EXACT_TESTS 8)."""
+        return (4.0 if self.count == 1 else float(student.ppf((1 + level) / 2, self.count - 1))) * self.error
 
     def covers(self, value: float, level: float = 0.99) -> bool:
         return abs(self.mean - value) <= self.half(level)

@@ -275,7 +275,9 @@ def test_a_worker_that_hangs_is_replaced(make: Make, method: str, limits: str) -
 def test_work_that_kills_every_fresh_worker_is_named(make: Make) -> None:
     pool = make(2, restarts=5)
     unit = Unit(7, (3,), (Prompt("a red circle"),), 4)
-    with pytest.raises(WorkerFailure, match=r"segfaults of rollout step 7, groups 3, prompts 'a red circle', seed 0, killed 3"):
+    with pytest.raises(
+        WorkerFailure, match=r"segfaults of rollout step 7, groups 3, prompts 'a red circle', seed 0, killed 3"
+    ):
         pool.get([pool.submit("segfaults", unit)])
 
 
