@@ -23,6 +23,7 @@ NOT_PLUGINS = {
     "agreement",
     "memory",
     "embeddings",
+    "sizes",
     "advantages",
     "losses",
     "forward",
