@@ -109,11 +109,12 @@ def plan(
     overrides: Overrides = None,
     measure: Annotated[bool, typer.Option("--measure", help="Load a large model too, to measure its memory.")] = False,
     gpus: Annotated[int | None, typer.Option(min=1, help="Say how to use so many; those here unless given.")] = None,
+    gpu_memory: Annotated[float | None, typer.Option(help="GiB of one GPU; of that here unless given.")] = None,
 ) -> int:
     """Say what a run will do, what memory it takes and how to divide machines, before anything starts."""
     from rlalign.commands.plan import plan
 
-    return plan(run, overrides or [], measure, gpus)
+    return plan(run, overrides or [], measure, gpus, gpu_memory)
 
 
 @app.command()

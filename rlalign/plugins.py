@@ -24,6 +24,7 @@ NOT_PLUGINS = {
     "agreement",
     "memory",
     "embeddings",
+    "sizes",
     "advantages",
     "baselines",
     "losses",

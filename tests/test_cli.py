@@ -339,7 +339,7 @@ def test_plan_counts_passes(overrides: list[str], rollout: str, update: str, her
 
 def test_plan_estimates_memory(capsys: Capture):
     done = call(capsys, "plan", "run.yaml")
-    found = re.search(r"memory +about ([\d.]+) MiB: weights .* activations .* trajectories", done.out)
+    found = re.search(r"memory +about ([\d.]+) MiB: weights .* activations .*", done.out)
     assert found and 0 <= float(found[1]) < 1
 
 

@@ -1,32 +1,30 @@
 """plan: what a run file will do, and what it takes, before anything starts.
 
 Passes of the network are counted, not derived: the run's own sampler and algorithm work on one row of a stand-in model
-that costs nothing. Weights are counted from the headers of their files. What a step keeps in memory is measured on the
-real model where that is small, or when asked for.
+that costs nothing. Memory is memory.py's account. What a step keeps there is measured on the real model where that is
+small, or when asked for.
 """
 
-import json
 import os
-import struct
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlalign import machine, plugins
 from rlalign.algorithms.base import Algorithm
-from rlalign.algorithms.regularise import penalty_of
 from rlalign.build import load_policy, make_algorithm
 from rlalign.checks import warnings
-from rlalign.commands import split
+from rlalign.commands import fitting, split
+from rlalign.commands.memory import Facts, Kept
 from rlalign.commands.problems import in_preparation
 from rlalign.commands.runs import config_of, is_run
 from rlalign.config import RunConfig
 from rlalign.mdp.noise import Noise
-from rlalign.models import analytic, lora
+from rlalign.models import analytic, lora, sizes
 from rlalign.models.base import torch_dtype
+from rlalign.models.sizes import Model
 from rlalign.paths import model_path
 from rlalign.pipeline import split as batch_units
 from rlalign.policy import Policy
@@ -39,7 +37,6 @@ from rlalign.workers.sampler import Sampler
 
 SMALL = 2**28  # bytes of weights up to which the real model is loaded to measure
 ROWS = 2  # of a pass of the net that is counted or measured; chains, where one makes several rows
-DENOISERS = ("transformer", "unet")  # what diffusers calls the net that is trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,37 +53,18 @@ class Passes:
         return 3 * self.trained + self.compared
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """Parameters of the whole model, and those that train."""
-
-    all: int
-    trained: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """Bytes that one row keeps: for the backward pass of a micro-batch, and in the trajectories of a step."""
-
-    activations: int
-    trajectory: int
-
-
-def plan(target: str, overrides: Sequence[str], measure: bool, gpus: int | None = None) -> int:
+def plan(
+    target: str, overrides: Sequence[str], measure: bool, gpus: int | None = None, gpu_memory: float | None = None
+) -> int:
     with in_preparation():
         config = config_of(target, overrides)
         algorithm = make_algorithm(config)
         doubts = warnings(config)
         train, heldout = read(config.prompts, "train"), read(config.prompts, "heldout")
-        weights = count_weights(config)
-        small = weights is None or weights.all * _itemsize(config) <= SMALL
-        policy = load_policy(config) if small or measure else None
-    if weights is None:
-        assert policy is not None
-        weights = Weights(_size([p for net in policy.family.nets.values() for p in net.parameters()]), 0)
-    if policy is not None:
-        weights = Weights(weights.all, _size(policy.parameters.values()))
-    kept = measure_kept(config, policy) if policy is not None else None
+        facts = Facts(config, model_of(config))
+        if measure or _is_small(config, facts):
+            policy = load_policy(config)
+            facts = replace(facts, policy=policy, kept=measure_kept(config, policy))
     passes = count_passes(config, algorithm)
     lines = [
         ("model", f"{config.model.family} {config.model.path}, {config.model.dtype}"),
@@ -94,13 +72,21 @@ def plan(target: str, overrides: Sequence[str], measure: bool, gpus: int | None 
         ("rewards", ", ".join(f"{r.name} ({r.role}, weight {r.weight:g})" for r in config.rewards)),
         *_work(config, passes),
         *_split(config, target, passes, gpus),
-        *_memory(config, algorithm, weights, kept),
+        *fitting.lines(facts, None if gpu_memory is None else gpu_memory * 2**30),
     ]
     for name, words in lines:
         print(f"{name:12} {words}")
     for doubt in doubts:
         print(f"{'warning':12} {doubt}")
     return 0
+
+
+def _is_small(config: RunConfig, facts: Facts) -> bool:
+    """Whether the model is at hand and loaded at once: with its weights, which a folder of configs has not."""
+    if facts.model is None:
+        return not config.model.path or Path(model_path(config.model.path)).is_dir()
+    size = sum(facts.parts.values()) * torch_dtype(config.model.dtype).itemsize
+    return size <= SMALL and not facts.model.unknown and facts.model.has_weights
 
 
 # --- the work of a step
@@ -180,38 +166,12 @@ def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajecto
 # --- memory
 
 
-def _memory(config: RunConfig, algorithm: Algorithm, weights: Weights, kept: Kept | None) -> Iterator[tuple[str, str]]:
-    images = config.rollout.prompts_per_step * config.rollout.samples_per_prompt
-    copies = len(algorithm.needs.copies) + (config.ema is not None) + (config.model.lora is None)
-    copies += penalty_of(algorithm).moves
-    frozen = weights.all * _itemsize(config)
-    own = weights.trained * (4 + 4 + 8 + 4 * copies)  # weight, gradient, two moments, copies
-    yield "weights", f"{weights.all:,} parameters, {weights.trained:,} trained ({_how(config)})"
-    parts = {"weights": frozen, "training state": own}
-    if kept is not None:
-        parts["activations of a micro-batch"] = kept.activations * config.rollout.micro_batch
-        parts["trajectories of a step"] = kept.trajectory * images
-    total = sum(parts.values())
-    yield "memory", f"about {_gib(total)}: " + ", ".join(f"{name} {_gib(part)}" for name, part in parts.items())
-    if kept is None:
-        yield "", "without activations and trajectories, which --measure finds by loading the model"
-    available = _available()
-    if total > available:
-        yield "warning", f"that is more than the {_gib(available)} here; {_remedy(config, parts, kept, available)}"
-
-
-def _how(config: RunConfig) -> str:
-    return f"LoRA of rank {config.model.lora.rank}" if config.model.lora else "full fine-tuning"
-
-
-def _remedy(config: RunConfig, parts: dict[str, int], kept: Kept | None, available: int) -> str:
-    if kept is None:
-        return "use LoRA, or a smaller dtype"
-    fixed = sum(parts.values()) - kept.activations * config.rollout.micro_batch
-    rows = (available - fixed) // max(1, kept.activations)
-    if rows < 1:
-        return "use LoRA, a smaller dtype, or fewer prompts_per_step"
-    return f"lower rollout.micro_batch to {rows}"
+def model_of(config: RunConfig) -> Model | None:
+    """What its folder tells, as far as it is loaded; None where there is none, as for Hub ids that are not here."""
+    path = model_path(config.model.path)
+    folder = sizes.found(path) if path else None
+    left_out = [key for key, value in config.model.model_dump().items() if value is False]
+    return sizes.read(folder, left_out) if folder else None
 
 
 def measure_kept(config: RunConfig, policy: Policy) -> Kept:
@@ -241,54 +201,3 @@ def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory
         for _ in algorithm.losses(policy, sample, torch.ones(sample.num_rows, device=policy.device), Noise(0)):
             yield sum(saved.values())
             saved.clear()
-
-
-def _available() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
-    return int(machine.hardware()["memory_gib"] * 2**30)
-
-
-def count_weights(config: RunConfig) -> Weights | None:
-    """From the headers of safetensors files; None where there are none, as for Hub ids that are not here."""
-    folder = Path(model_path(config.model.path) or "/nowhere")
-    shapes = {part.name: _headers(part) for part in folder.iterdir() if part.is_dir()} if folder.is_dir() else {}
-    if not any(shapes.values()):
-        return None
-    total = sum(_numel(shape) for part in shapes.values() for shape in part.values())
-    nets = config.model.train or [name for name in DENOISERS if name in shapes]
-    layers = {name: shape for net in nets for name, shape in shapes.get(net, {}).items()}
-    if config.model.lora is None:
-        return Weights(total, sum(map(_numel, layers.values())))
-    family = plugins.load("model", config.model.family).Family
-    ends = tuple(f"{target}.weight" for target in config.model.lora.targets or family.lora_targets)
-    adapted = [shape for name, shape in layers.items() if name.endswith(ends)]
-    return Weights(total, sum(config.model.lora.rank * (shape[0] + _numel(shape[1:])) for shape in adapted))
-
-
-def _headers(folder: Path) -> dict[str, list[int]]:
-    """Shapes by name, of the files that the library would read."""
-    shapes: dict[str, list[int]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        if ".fp16." in path.name:
-            continue  # the same weights once more
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
-
-
-def _numel(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _size(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _itemsize(config: RunConfig) -> int:
-    return torch_dtype(config.model.dtype).itemsize
-
-
-def _gib(number: float) -> str:
-    return f"{number / 2**30:.1f} GiB" if number >= 2**30 else f"{number / 2**20:.1f} MiB"

@@ -23,6 +23,8 @@ ADAPTER = "default"  # peft's own name for the only one; it is part of the weigh
 METADATA = "lora_adapter_metadata"
 LORA_FILE = "pytorch_lora_weights.safetensors"  # what load_lora_weights looks for in a folder
 
+TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # of text encoders, as diffusers' scripts: CLIP's attention
+
 
 class LoraConfig(Settings):
     """Low-rank adapters: W + alpha / rank * B A, with B = 0 at the start (arXiv 2106.09685)."""
@@ -35,6 +37,11 @@ class LoraConfig(Settings):
     """Ends of the names of the layers that are adapted; null takes the family's own."""
     init: Literal["gaussian", "kaiming"] = "gaussian"
     """Of A: normal with std 1 / rank, as the diffusers scripts and flow_grpo, or peft's uniform."""
+
+
+def targets_of(config: LoraConfig, net: str, family_targets: Sequence[str]) -> Sequence[str]:
+    """Ends of the names of the layers that are adapted in the net of that name."""
+    return config.targets or (TEXT_TARGETS if net.startswith("text_encoder") else family_targets)
 
 
 def freeze(module: nn.Module) -> None:
@@ -50,7 +57,7 @@ def freeze(module: nn.Module) -> None:
 
 
 def attach(
-    nets: Mapping[str, nn.Module], names: Sequence[str], config: LoraConfig, default_targets: Sequence[str], seed: int
+    nets: Mapping[str, nn.Module], names: Sequence[str], config: LoraConfig, family_targets: Sequence[str], seed: int
 ) -> dict[str, nn.Parameter]:
     """Adapts the named nets and freezes everything else; the new weights by name, the same for the same seed."""
     from peft import LoraConfig as PeftConfig
@@ -61,7 +68,7 @@ def attach(
         adapter = PeftConfig(
             r=config.rank,
             lora_alpha=config.alpha,  # pyright: ignore[reportArgumentType]  # peft divides it by the rank
-            target_modules=list(config.targets or default_targets),
+            target_modules=list(targets_of(config, name, family_targets)),
             init_lora_weights="gaussian" if config.init == "gaussian" else True,
         )
         with torch.random.fork_rng(devices=[]):

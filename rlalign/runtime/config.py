@@ -41,6 +41,8 @@ class RuntimeConfig(Settings):
     placement: Literal["disaggregated", "colocated"] = "disaggregated"
     """colocated: sampler i shares a machine and GPU with learner rank i, as many of one as of the other; their shares
     must add up to at most 1."""
+    offload_idle: bool = False
+    """Colocated samplers and learner ranks take turns on their GPU: whoever waits has its weights in CPU memory."""
     sampler_labels: Labels = Field(default_factory=dict)
     """Only on machines with these Ray labels, such as {gpu: h100}."""
     scorer_labels: Labels = Field(default_factory=dict)
@@ -75,4 +77,8 @@ class RuntimeConfig(Settings):
             raise ValueError(f"min_samplers {self.min_samplers} exceeds samplers {self.samplers}")
         if self.kind == "local" and self.learners > 1:
             raise ValueError(f"{self.learners} learners need runtime.kind ray: in one process there is one")
+        if self.offload_idle and (self.kind, self.placement, self.transport) != ("ray", "colocated", "object_store"):
+            raise ValueError("offload_idle needs kind: ray, placement: colocated and transport: object_store")
+        if self.offload_idle and self.max_staleness:
+            raise ValueError("offload_idle needs max_staleness 0: else samplers and learners work at the same time")
         return self
