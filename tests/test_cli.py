@@ -146,6 +146,13 @@ def test_resume_needs_only_the_folder(here: Path, capsys: Capture):
     assert len(rows("elsewhere")) == 2
 
 
+@pytest.mark.parametrize("stale", [0, 1])
+def test_that_work_ahead_does_not_resume_exactly_is_said(here: Path, capsys: Capture, stale: int):
+    words = ("train", "run.yaml", f"runtime.max_staleness={stale}", "--steps")
+    assert "unbroken run" not in call(capsys, *words, "1").err
+    assert ("the steps after a break, 1 of them, are sampled" in call(capsys, *words, "3").err) == (stale == 1)
+
+
 def test_a_failed_run_goes_on_once_its_reward_is_mended(here: Path, capsys: Capture):
     good = (here / "reward.py").read_text()
     (here / "reward.py").write_text(good.replace("return images[:, 0", "return oops[:, 0"))

@@ -124,8 +124,8 @@ def _say_inexact(config: RunConfig, step: int) -> None:
     stale = config.runtime.max_staleness
     if stale and step:
         print(
-            f"warning: with runtime.max_staleness {stale} the next {stale} steps are sampled under newer weights than"
-            " in an unbroken run, so the numbers are not those of one",
+            f"warning: with runtime.max_staleness {stale} the steps after a break, {stale} of them, are sampled under"
+            " newer weights than in an unbroken run, so the numbers are not those of one",
             file=sys.stderr,
         )
 

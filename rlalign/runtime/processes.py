@@ -285,7 +285,7 @@ def _free(port: int) -> bool:
 
 
 def _any_free() -> int:
-    """Drawn from where neither Ray's workers nor outgoing connections take theirs: it should still be free when used."""
+    """Drawn from where neither Ray's workers nor outgoing connections take theirs: so it is free a moment later too."""
     return next(port for port in iter(partial(random.randint, 20_000, 32_000), None) if _free(port))
 
 

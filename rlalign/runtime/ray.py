@@ -352,10 +352,8 @@ class RayPool:
             self.reissued += 1
             call.deaths += number == 0 and fresh
             if call.deaths >= POISON:
-                raise WorkerFailure(
-                    f"{call.describe()}, seed {self.seed}, killed {POISON} fresh {self.role}s, the last of them {what}: "
-                    f"{reason}"
-                )
+                whom = f"{POISON} fresh {self.role}s, the last of them {what}"
+                raise WorkerFailure(f"{call.describe()}, seed {self.seed}, killed {whom}: {reason}")
             self.queue.put(call)
 
     def _retire(self, worker: Worker, reason: str) -> None:

@@ -178,7 +178,7 @@ def test_a_group_has_deadlines_and_the_failure_of_one_rank_is_heard_at_once(
         pool.workers[1].since -= 2 * pool.config.call_timeout_s
         runtime.wait_until_up()  # it starts the group again
         assert pool.restarts == 1
-        with pytest.raises(LearnersLost, match="the learners lost each other.*Connection closed by peer"):
+        with pytest.raises(LearnersLost, match=r"the learners lost each other.*Connection closed by peer"):
             pool.get(pool.broadcast("loses_the_other"))
         with pytest.raises(ValueError, match="this rank is full"):
             pool.get(pool.broadcast("fails_alone"))
@@ -186,26 +186,37 @@ def test_a_group_has_deadlines_and_the_failure_of_one_rank_is_heard_at_once(
         runtime.close()
 
 
+def until(pool: RayPool, condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        pool.engine.pump(0.1)
+        assert time.monotonic() < end, "it never came"
+
+
 def spare(pool: RayPool) -> int:
     """The process that waits on the only machine."""
     assert pool.spares is not None
-    end = time.monotonic() + 60
-    while not pool.spares.kept:
-        pool.engine.pump(0.1)
-        assert time.monotonic() < end, "no process was started to wait"
+    until(pool, lambda: bool(pool.spares.kept))
     (actor,) = pool.spares.kept.values()
     return ray.get(actor.run.remote(os.getpid))
 
 
 def test_a_process_that_waits_takes_the_place_of_one_that_died(make: Make, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(spares, "REST_S", 0.0)
+    monkeypatch.setattr(spares, "LONG_REST_S", 0.0)
     pool = make(restarts=3, warm=(tmp_path / "imported").touch)
     assert pool.get(pool.hold("hold", "new")) == ["new"]
     waits = spare(pool)
     assert (tmp_path / "imported").exists()
     assert pool.get([pool.submit("dies_once", 1), *pool.broadcast("pid")]) == [1, waits]
     assert pool.get([pool.submit("held", 2)]) == [(2, "new")]
-    assert spare(pool) != waits
+    next_one = spare(pool)
+    assert next_one != waits
+    assert pool.spares is not None
+    kept = [*pool.spares.kept.values()]
+    os.kill(next_one, signal.SIGKILL)
+    until(pool, lambda: [*pool.spares.kept.values()] != kept)
+    assert spare(pool) not in (waits, next_one)
 
 
 def test_a_process_that_died_while_it_waited_is_no_loss(make: Make) -> None:
