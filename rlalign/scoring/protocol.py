@@ -24,15 +24,9 @@ In the run file it is named by `use`: a short name (`ocr`), `module:function` or
 `@of_recordings` marks one that reads what was recorded of the training images: it is not asked in evaluation.
 
 A call runs in a thread of its own, without gradients. Python cannot kill a thread: a call that hangs is given up at its
-<<<<<<< HEAD
-timeout and its thread is left behind by name, so a retry may run beside it. Only a process of its own, as `venv` gives
-a reward and the Ray runtime every scorer, gets rid of it; a reward that calls out should pass a timeout of its own to
-what it calls.
-=======
-timeout and its thread is left behind by name, so a retry may run beside it. Only the end of its process gets rid of it,
-and the Ray runtime replaces scorers for that; a reward that calls out should pass a timeout of its own to what it
-calls.
->>>>>>> rayfix
+timeout and its thread is left behind by name, so a retry may run beside it. Only the end of its process gets rid of it:
+the Ray runtime replaces scorers for that, and `venv` gives a reward a process of its own; a reward that calls out
+should pass a timeout of its own to what it calls.
 """
 
 from collections.abc import Callable, Sequence
