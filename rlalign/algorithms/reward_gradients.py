@@ -100,7 +100,7 @@ def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction
     """At step k of the chain."""
     time = sample.schedule.time[k].to(x.device).expand(len(x))
     level = sample.schedule.level(k, x)
-    return policy.predict(x, time, level, sample.cond, sample.uncond, policy.settings.guidance_scale)
+    return policy.predict(x, time, level, *policy.conditions(sample), policy.settings.guidance_scale)
 
 
 def step(
