@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rlalign.algorithms.base import epochs_of
+from rlalign.models.lora import encoders_among
 from rlalign.prompts import read
 from rlalign.prompts.matching import shared
 from rlalign.prompts.sources import others
@@ -64,6 +65,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         yield from _no_graph(config)
     yield from _no_journey(config, needs.reward_gradient)
     yield from _no_step(config)
+    yield from _no_stale_text(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
     if on_grid and times is not None and times > rollout.num_steps:
@@ -146,6 +148,22 @@ def _no_step(config: "RunConfig") -> Iterator[str]:
             "optimizer.kind adamw8bit cannot step weights that are cut into parts, as those of several learners are "
             "when model.lora is null; set runtime.learners to 1, optimizer.kind to adamw, or train LoRA"
         )
+
+
+def _no_stale_text(config: "RunConfig") -> Iterator[str]:
+    """Embeddings of a text encoder that trains are made anew, with a graph."""
+    encoders = encoders_among(config.model.train or [])
+    if not encoders:
+        return
+    named, memory = f"model.train names {encoders[0]}", config.model.memory
+    if config.model.lora is None:
+        yield f"{named}, which trains by LoRA only; set model.lora"
+    if memory.embeddings is not None:
+        yield f"{named}, whose embeddings change with every update; leave model.memory.embeddings out"
+    if "text_encoders" in memory.offload:
+        yield f"{named}, which is always in use; leave text_encoders out of model.memory.offload"
+    if config.rollout.retain:
+        yield f"{named}, of which rollout.retain keeps no graph; leave rollout.retain out"
 
 
 def warnings(config: "RunConfig") -> list[str]:

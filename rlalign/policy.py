@@ -27,7 +27,7 @@ from rlalign.mdp.solvers import SOLVERS
 from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import EncodesImages, Family, Unusable
 from rlalign.models.embeddings import Embeddings
-from rlalign.models.lora import reference_weights
+from rlalign.models.lora import encoders_among, reference_weights
 from rlalign.models.memory import Offloaded
 from rlalign.settings import Settings
 from rlalign.sharding import cut, shard, swap
@@ -226,6 +226,7 @@ class Policy:
         self.size = Size(*settings.size)
         self.latent_shape = family.latent_shape(self.size)
         self.parameters = parameters
+        self.trains_encoder = bool(encoders_among(parameters))  # then embeddings are as old as the weights
         self.lora = lora
         self.copies: dict[str, dict[str, Tensor]] = {}
         self.anchor: Variant = "reference"  # what losses mean by the reference; another copy where it moves
@@ -327,6 +328,15 @@ class Policy:
         with self.offloaded.here("vae"):
             return self.family.decode(latents, self.size)
 
+    def conditions(self, sample: Trajectory) -> Encoded:
+        """The embeddings of a micro-batch; where a text encoder trains, made again under the weights in use."""
+        if not self.trains_encoder:
+            return sample.cond, sample.uncond
+        prompts = {id(prompt): prompt for prompt in sample.prompts}
+        encoded = dict(zip(prompts, self.encode([*prompts.values()]), strict=True))
+        cond, uncond = joined([encoded[id(prompt)] for prompt in sample.prompts])
+        return cond, None if sample.uncond is None else uncond
+
     # --- one guided prediction, for everyone
 
     def predict(
@@ -425,7 +435,7 @@ class Policy:
         x, at = sample.x[:, slot].contiguous(), sample.steps[:, slot].cpu()
         now, nxt = sample.schedule.level(at, x), sample.schedule.level(at + 1, x)
         time = sample.schedule.time[at].to(x.device)
-        prediction = self.predict(x, time, now, sample.cond, sample.uncond, self.settings.guidance_scale)
+        prediction = self.predict(x, time, now, *self.conditions(sample), self.settings.guidance_scale)
         return Step(self.kernel(x, prediction, now, nxt), prediction, now, nxt, sample.held)
 
     def old_mean(self, sample: Trajectory, slot: int, step: Step, noise: Noise) -> Tensor:
@@ -445,7 +455,7 @@ class Policy:
         level, time = sample.schedule.between(t, x)
         own = x if sample.schedule.table is None else x * (level.alpha + level.sigma)
         scale = self.settings.guidance_scale if guidance is None else guidance
-        return self.predict(own, time, level, sample.cond, sample.uncond, scale)
+        return self.predict(own, time, level, *self.conditions(sample), scale)
 
 
 def joined(encoded: Sequence[Encoded]) -> Encoded:

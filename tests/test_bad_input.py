@@ -141,6 +141,19 @@ SETTINGS = [
         ("train", "run.yaml", "optimizer.kind=adamw8bit", "runtime=ray", "runtime.learners=2"),
         ("optimizer.kind adamw8bit cannot step", "runtime.learners to 1"),
     ),
+    train("all weights of a text encoder", "model.train=[text_encoder]", "trains by LoRA only", "set model.lora"),
+    *(
+        Case(
+            f"a text encoder that trains, and {setting}",
+            ("train", "run.yaml", "model.train=[text_encoder]", "model.lora={rank: 2}", setting),
+            ("model.train names text_encoder", f"leave {out} out"),
+        )
+        for setting, out in (
+            ("model.memory.embeddings=kept", "model.memory.embeddings"),
+            ("model.memory.offload=[text_encoders]", "text_encoders"),
+            ("rollout.retain=true", "rollout.retain"),
+        )
+    ),
     train("embeddings of no pipeline", "model.memory.embeddings=kept", "model.memory.embeddings", "no pipeline"),
     train("a part that is none", "model.memory.offload=[unet]", "model.memory.offload", "'unet'", "text_encoders"),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),

@@ -101,7 +101,7 @@ def predict(policy: Policy, sample: Trajectory, x: Tensor, k: int, checkpointing
 def _predict(policy: Policy, sample: Trajectory, x: Tensor, k: int) -> Prediction:
     time = sample.schedule.time[k].to(x.device).expand(len(x))
     level = sample.schedule.level(k, x)
-    return policy.predict(x, time, level, sample.cond, sample.uncond, policy.settings.guidance_scale)
+    return policy.predict(x, time, level, *policy.conditions(sample), policy.settings.guidance_scale)
 
 
 def step(

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.base import Algorithm, epochs_of
 from rlalign.build import load_policy, make_algorithm
 from rlalign.checks import warnings
 from rlalign.commands import fitting, split
@@ -103,7 +103,8 @@ def _work(config: RunConfig, passes: Passes) -> Iterator[tuple[str, str]]:
     yield "rollout", f"{passes.rollout:g} passes of the network an image, {passes.rollout * images:,.0f} a step"
     each = f"{passes.trained:g} passes with gradient and {passes.compared:g} without an image"
     learnt = (passes.trained + passes.compared) * images
-    steps = f"{updates} optimizer step{'s' if updates > 1 else ''} of {images // updates} images"
+    number = updates * epochs_of(config.algorithm)
+    steps = f"{number} optimizer step{'s' if number > 1 else ''} of {images // updates} images"
     yield "update", f"{config.algorithm.name}, {steps}: {each}, {learnt:,.0f} a step"
     times = sum(evaluation.due(step, config.steps) for step in range(config.steps + 1))
     guided = 2 if evaluation.guidance_scale != 1 else 1
@@ -148,8 +149,8 @@ def count_passes(config: RunConfig, algorithm: Algorithm) -> Passes:
     rollout, counts["without"] = 0 if settings.source == "data" else counts["without"], 0
     for _ in algorithm.losses(policy, sample, torch.ones(sample.num_rows), Noise(0)):
         pass
-    rows = sample.num_rows
-    return Passes(rollout / rows, counts["with"] / rows, counts["without"] / rows)
+    rows, epochs = sample.num_rows, epochs_of(config.algorithm)
+    return Passes(rollout / rows, epochs * counts["with"] / rows, epochs * counts["without"] / rows)
 
 
 def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajectory:

@@ -26,7 +26,10 @@ class Family(Protocol):
     nets: dict[str, nn.Module]  # what can be trained, by name; the first is trained unless the run file says otherwise
 
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
-        """Conditional and unconditional embeddings, each tensor [P, ...], padded to a fixed length; no gradient."""
+        """Conditional and unconditional embeddings, each tensor [P, ...], padded to a fixed length.
+
+        A gradient only where a text encoder is among the nets and trains.
+        """
         ...
 
     def latent_shape(self, size: Size) -> tuple[int, ...]:

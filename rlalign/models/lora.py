@@ -6,7 +6,7 @@ peft and transformers take seconds to import, so only functions that need them d
 
 import json
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -39,9 +39,14 @@ class LoraConfig(Settings):
     """Of A: normal with std 1 / rank, as the diffusers scripts and flow_grpo, or peft's uniform."""
 
 
+def encoders_among(nets: Iterable[str]) -> list[str]:
+    """Names of text encoders."""
+    return [name for name in nets if name.startswith("text_encoder")]
+
+
 def targets_of(config: LoraConfig, net: str, family_targets: Sequence[str]) -> Sequence[str]:
     """Ends of the names of the layers that are adapted in the net of that name."""
-    return config.targets or (TEXT_TARGETS if net.startswith("text_encoder") else family_targets)
+    return config.targets or (TEXT_TARGETS if encoders_among([net]) else family_targets)
 
 
 def freeze(module: nn.Module) -> None:
@@ -104,8 +109,8 @@ def reference_weights(nets: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def merged(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies of the nets with their adapters added into the weights, as the library knew them before ``attach``."""
-    return {name: _merged(deepcopy(net)) for name, net in nets.items()}
+    """The nets, those with adapters as copies that have them in their weights, as before ``attach``."""
+    return {name: _merged(deepcopy(net)) if hasattr(net, "peft_config") else net for name, net in nets.items()}
 
 
 def save_lora(
@@ -154,8 +159,6 @@ def _trainable(nets: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str,
 
 
 def _merged(net: nn.Module) -> nn.Module:
-    if not hasattr(net, "peft_config"):
-        return net
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, layer in list(net.named_modules()):

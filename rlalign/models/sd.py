@@ -35,7 +35,7 @@ class Family:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 freeze(part)
-        self.nets: dict[str, nn.Module] = {"unet": pipeline.unet}
+        self.nets: dict[str, nn.Module] = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
         self.prediction: PredictionType = pipeline.scheduler.config.prediction_type  # epsilon; v_prediction in 2.x
 
     @staticmethod
@@ -44,7 +44,6 @@ class Family:
         parts = {"safety_checker": None, "requires_safety_checker": False}
         return Family(load_pipeline(StableDiffusionPipeline, path, dtype, **parts).to(device))
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
         """prompt_embeds [P, T, C], of the prompts and of what they are guided away from."""
         texts, negatives = [prompt.text for prompt in prompts], [prompt.negative or "" for prompt in prompts]

@@ -43,7 +43,8 @@ class Family:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 freeze(part)
-        self.nets: dict[str, nn.Module] = {"transformer": pipeline.transformer}
+        clips = {name: part for name in ("text_encoder", "text_encoder_2") if (part := pipeline.components[name])}
+        self.nets: dict[str, nn.Module] = {"transformer": pipeline.transformer, **clips}  # diffusers adapts no T5
         self.patch = pipeline.vae_scale_factor * pipeline.patch_size  # pixels
 
     @staticmethod
@@ -60,7 +61,6 @@ class Family:
             raise ValueError("model.max_sequence_length 0 leaves T5 without tokens: set model.text_encoder_3 to false")
         return Family(config, pipeline.to(device))
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
         """prompt_embeds [P, T, C] and pooled [P, C], of the prompts and of what they are guided away from."""
         texts = [prompt.text for prompt in prompts]

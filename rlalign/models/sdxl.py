@@ -35,7 +35,8 @@ class Family:
         for part in pipeline.components.values():
             if isinstance(part, nn.Module):
                 freeze(part)
-        self.nets: dict[str, nn.Module] = {"unet": pipeline.unet}
+        encoders = {name: pipeline.components[name] for name in ("text_encoder", "text_encoder_2")}
+        self.nets: dict[str, nn.Module] = {"unet": pipeline.unet, **encoders}
         self.prediction: PredictionType = pipeline.scheduler.config.prediction_type  # epsilon, as published
 
     @staticmethod
@@ -43,7 +44,6 @@ class Family:
         """The VAE stays in float32, in half precision the published one overflows."""
         return Family(load_pipeline(StableDiffusionXLPipeline, path, dtype, add_watermarker=False).to(device))
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[Prompt]) -> tuple[Cond, Cond | None]:
         """prompt_embeds [P, T, C] and pooled [P, C]; zeros for no negative prompt, where the pipeline says so."""
         embeds, uncond_embeds, pooled, uncond_pooled = self.pipeline.encode_prompt(

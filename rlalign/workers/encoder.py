@@ -28,7 +28,7 @@ Key = tuple[str, ...]
 
 
 class Encoder:
-    """The policy's text encoders behind what they were asked before; they are frozen."""
+    """The policy's text encoders behind what they were asked before, unless one of them trains."""
 
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
@@ -38,6 +38,8 @@ class Encoder:
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[Encoded]:
         """On the policy's device; the text encoders stay where they are when all prompts are known."""
+        if self.policy.trains_encoder:
+            return self.policy.encode(prompts)
         keys = [seen_by_model(prompt) for prompt in prompts]
         found = {key: encoded for key in dict.fromkeys(keys) if (encoded := self._known(key)) is not None}
         fresh = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if key not in found}

@@ -154,7 +154,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(tmp_path: Path):
 
 
 def config(tmp_path: Path, model: Path, **changes: Any) -> RunConfig:
-    (tmp_path / "prompts.txt").write_text("red cat\nblue dog\n")
+    (tmp_path / "prompts.txt").write_text("red\nblue\n")
     (tmp_path / "reward.py").write_text("def bright(images, prompts):\n    return images.float().flatten(1).mean(1)\n")
     run: dict[str, Any] = {
         "model": {"family": "sd", "path": str(model), "lora": {"rank": 2}, **changes},
