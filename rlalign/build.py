@@ -24,6 +24,7 @@ from rlalign.prompts import read
 from rlalign.runfile import Tree
 from rlalign.runtime.local import LocalPool, LocalRuntime
 from rlalign.runtime.pool import Pool, Runtime
+from rlalign.runtime.turns import taking_turns
 from rlalign.runtime.weights import ObjectStore, Publisher
 from rlalign.scoring import load_rewards
 from rlalign.scoring.gradients import reward_sum
@@ -77,6 +78,8 @@ def _on_ray(config: RunConfig) -> tuple[tuple[Pool, Pool, Pool], Runtime]:
     except BaseException:
         runtime.close()
         raise
+    if wanted.offload_idle:
+        samplers, learners = taking_turns(samplers, learners)
     return (samplers, scorers, learners), runtime
 
 
@@ -97,8 +100,10 @@ def warm_up(tree: Tree) -> None:
 
 def sampler_from(tree: Tree) -> Sampler:
     config = resolve(tree, Path(), "config.yaml")
-    algorithm = make_algorithm(config)
-    return make_sampler(config, load_policy(config), algorithm, shared=False)
+    sampler = make_sampler(config, load_policy(config), make_algorithm(config), shared=False)
+    if config.runtime.offload_idle:
+        sampler.rest()
+    return sampler
 
 
 def scorer_from(tree: Tree) -> Scorer:
@@ -108,7 +113,10 @@ def scorer_from(tree: Tree) -> Scorer:
 def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
     config = resolve(tree, Path(), "config.yaml")
     group = Group.join(address, rank, size, device_of(config)) if size > 1 else None
-    return make_learner(config, load_policy(config), make_algorithm(config), group)
+    learner = make_learner(config, load_policy(config), make_algorithm(config), group)
+    if config.runtime.offload_idle:
+        learner.rest()
+    return learner
 
 
 def make_learner(config: RunConfig, policy: Policy, algorithm: Algorithm, group: Group | None = None) -> Learner:

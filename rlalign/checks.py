@@ -64,7 +64,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     if rollout.retain:
         yield from _no_graph(config)
     yield from _no_journey(config, needs.reward_gradient)
-    yield from _no_step(config)
+    yield from _no_full(config)
     yield from _no_stale_text(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
     on_grid = getattr(config.algorithm, "times", "grid") == "grid"  # else times are drawn, as many as one likes
@@ -134,14 +134,19 @@ def _no_journey(config: "RunConfig", differentiated: bool) -> Iterator[str]:
         )
 
 
-def _no_step(config: "RunConfig") -> Iterator[str]:
-    """What an optimizer cannot make of all weights."""
+def _no_full(config: "RunConfig") -> Iterator[str]:
+    """What cannot be done with all weights."""
     if config.model.lora is not None:
         return
     if config.model.dtype == "float16":
         yield (
             "model.dtype is float16 and model.lora null: without loss scaling, gradients of float16 weights are mostly "
             "0; set model.dtype to bfloat16 or float32, or train LoRA"
+        )
+    if config.runtime.offload_idle and config.runtime.learners > 1:
+        yield (
+            "runtime.offload_idle cannot move weights that are cut into parts, as those of several learners are when "
+            "model.lora is null; leave it out, or train LoRA"
         )
     if config.optimizer.kind == "adamw8bit" and config.runtime.learners > 1:
         yield (

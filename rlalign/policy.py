@@ -28,7 +28,7 @@ from rlalign.mdp.transition import KERNELS, Gaussian, unscaled_log_prob
 from rlalign.models.base import EncodesImages, Family, Unusable
 from rlalign.models.embeddings import Embeddings
 from rlalign.models.lora import encoders_among, reference_weights
-from rlalign.models.memory import Offloaded
+from rlalign.models.memory import Offloaded, networks
 from rlalign.settings import Settings
 from rlalign.sharding import cut, shard, swap
 from rlalign.types import Cond, Encoded, Level, Prompt, Schedule, Size, Trajectory
@@ -251,6 +251,15 @@ class Policy:
         """The weights under ``name`` become those under ``source``."""
         for key, tensor in self.weights(source).items():
             self.copies[name][key].copy_(tensor)
+
+    def move(self, device: torch.device | str) -> None:
+        """All networks and copies, but for parts that wait on the CPU anyway; where they compute is not changed."""
+        waiting = {id(module) for modules in self.offloaded.parts.values() for module in modules}
+        for module in networks(self.family):
+            if id(module) not in waiting:
+                module.to(device)
+        for copy in self.copies.values():
+            copy.update({key: tensor.to(device) for key, tensor in copy.items()})
 
     @contextmanager
     def using(self, name: Variant) -> Iterator[None]:

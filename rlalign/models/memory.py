@@ -154,5 +154,12 @@ def modules_of(family: Family, key: str) -> dict[str, nn.Module]:
     return {name: part for name, part in family.pipeline.components.items() if isinstance(part, nn.Module)}
 
 
+def networks(family: Family) -> list[nn.Module]:
+    """All that a family computes with."""
+    if isinstance(family, HasPipeline):
+        return [*modules_of(family, "offload").values()]
+    return [*family.nets.values()]
+
+
 def _refuse(key: str, reason: str) -> NoReturn:
     raise ValueError(f"model.memory.{key}: {reason}; leave it out")

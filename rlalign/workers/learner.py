@@ -28,6 +28,7 @@ from rlalign.workers.broadcast import Broadcast
 from rlalign.workers.canary import Canary
 from rlalign.workers.group import Group, sum_gradients
 from rlalign.workers.optimizer import Optimizer, OptimizerConfig
+from rlalign.workers.turn import Turn
 from rlalign.workers.weights import Manifest, Memory, describe, join_in, pack
 
 
@@ -76,6 +77,7 @@ class Learner:
         self.updates = 0
         self.num_weights = sum(parameter.numel() for parameter in policy.parameters.values())
         self.optimizer = Optimizer(optimizer, policy.parameters)
+        self.turn = Turn(policy, self.optimizer)
         for name in algorithm.needs.copies:
             policy.keep(name)
         if ema:
@@ -100,6 +102,7 @@ class Learner:
         for groups of other ranks; and ``totals``, how many valid rows all ranks have together in each optimizer step.
         Metrics are those of all ranks, on every rank.
         """
+        self.turn.take()
         batch = Trajectory.concat(trajectories)
         if advantages.ndim == 3:
             advantages, held = advantages.unbind(2)
@@ -139,6 +142,7 @@ class Learner:
 
         Trajectories: KL of the kept steps, in the reduction of the run; else mean (v - v_ref)^2 half way to the noise.
         """
+        self.turn.take()
         batch = trajectories[0]
         rows = torch.arange(self.policy.settings.micro_batch).clamp(max=batch.num_rows - 1)
         sample = batch.take(rows).to(self.policy.device)
@@ -254,6 +258,7 @@ class Learner:
         Not to ``send`` is for samplers that share this network: nothing is copied. ``canary``: with a prediction, for
         everybody if that is ``due``. All ranks have to call; rank 0 alone answers.
         """
+        self.turn.take()
         predicted = self.canary.predict(self.algorithm.sample_with) if canary else None
         variants = {name: self.policy.weights(name) for name in names}
         if not send:
@@ -268,6 +273,10 @@ class Learner:
         if self.broadcast.generation:
             self.packed = buckets
         return manifest, buckets
+
+    def rest(self) -> None:
+        """Makes room on a GPU that it shares; the next call that computes comes back."""
+        self.turn.leave()
 
     def generation(self) -> int:
         """Of the broadcast group that it is in; this and the next two are called beside its other work."""

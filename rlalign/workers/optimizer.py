@@ -59,6 +59,13 @@ class Optimizer:
     def zero_grad(self) -> None:
         self.inner.zero_grad()
 
+    def move(self, device: torch.device | str) -> None:
+        """Masters and moments; the weights are the policy's."""
+        for master in self.masters.values():
+            master.data = master.data.to(device)
+        for state in self.inner.state.values():
+            state.update({name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)})
+
     def tensors(self) -> dict[str, Tensor]:
         """Masters as "master/NAME", moments and the like as "optimizer/NAME/MOMENT"; the tensors themselves."""
         tensors = {f"master/{key}": master.data for key, master in self.masters.items()}

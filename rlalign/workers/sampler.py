@@ -17,6 +17,7 @@ from rlalign.workers.candidates import Tree, candidates
 from rlalign.workers.encoder import Encoder
 from rlalign.workers.recordings import recorded
 from rlalign.workers.shown import shown
+from rlalign.workers.turn import Turn
 from rlalign.workers.weights import Manifest
 
 Buckets = Sequence[Tensor] | Callable[[], Sequence[Tensor]]
@@ -43,7 +44,7 @@ class Sampler:
         self.shares = shares  # the learner's own network: publishing is a version number
         self.version = 0 if shares else None
         self.canary, self.broadcast = Canary(policy, noise), Broadcast()
-        self.encoder = Encoder(policy)
+        self.encoder, self.turn = Encoder(policy), Turn(policy)
         self.compared = False  # with the learner's canary, ever
 
     @torch.no_grad()
@@ -62,6 +63,7 @@ class Sampler:
         (candidates.py) the pictures show what is expected of them, and a row of ``initial`` starts a chain.
         """
         version = self._require_version()
+        self.turn.take()
         plan, keep = settings or self.policy.settings, self.keep_steps and settings is None
         if plan.source == "data" and settings is None:
             return recorded(self.policy, unit, addresses(unit), *self._conditions(unit, plan), version)
@@ -80,6 +82,7 @@ class Sampler:
         ``buckets`` may be a function that fetches them, for when no broadcast has brought them already.
         """
         manifest.require_tensors()
+        self.turn.take()  # for the canary
         if not self.shares:
             arrived = self.broadcast.take(manifest)
             if arrived is None:
@@ -87,6 +90,10 @@ class Sampler:
             self._load(manifest, arrived)
         self.version = manifest.version
         return {"version": self.version, "checksum": manifest.checksum, "tensors": manifest.count}
+
+    def rest(self) -> None:
+        """Makes room on a GPU that it shares; the next call that computes comes back."""
+        self.turn.leave()
 
     def _require_version(self) -> int:
         if self.version is None:

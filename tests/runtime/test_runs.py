@@ -19,6 +19,8 @@ from ray.cluster_utils import Cluster
 
 from rlalign import build, cli
 from rlalign.checkpoint import load
+from rlalign.reporting.spans import read_spans
+from rlalign.rundir import RunDir
 from rlalign.runtime import engine
 from rlalign.scoring.apart import CHILD
 from tests.chaos.kills import result
@@ -56,6 +58,14 @@ def test_a_run_on_ray_equals_the_run_in_one_process() -> None:
     assert len({worker["pid"] for worker in workers} | {os.getpid()}) == 6
     logs = {path.name for path in Path("two/logs").glob("*.jsonl")}
     assert {"sampler-0.jsonl", "learner-0.jsonl"} <= logs
+
+
+def test_workers_that_take_turns_make_the_same_run() -> None:
+    """Each rests while the other works; the learner is saved where it is."""
+    turns = ("runtime.placement=colocated", "runtime.offload_idle=true", "algorithm.kl_weight=0")
+    assert train("turns", "algorithm=nft", *ON_RAY, *turns) == train("local", "algorithm=nft", "algorithm.kl_weight=0")
+    told = [span.method for span in read_spans(RunDir(Path("turns")).spans) if span.worker == "learner-0"]
+    assert told.count("rest") >= 5 and "drift" in told
 
 
 def test_work_ahead_is_as_stale_as_allowed_and_the_same_in_both(monkeypatch: pytest.MonkeyPatch) -> None:
