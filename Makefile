@@ -2,7 +2,8 @@
 # nothing here needs the network.
 #   make quickstart    train the shipped pipeline and watch its reward rise
 #   make test          all tests
-#   make exact         the exact ladder with five seeds; writes what was measured to benchmarks/results/exact.md
+#   make exact         the exact ladder with five seeds; writes what was measured to benchmarks/results/exact.md, and to
+#                      docs/assets/exact for the pages: python docs/generate.py puts it into them
 #   make families      the tests of model families; writes what they measured to docs/assets/families.json
 #   make lint          format, types, import contracts
 RECENT := -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
@@ -22,7 +23,8 @@ test: $(STAMP)
 	$(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup $(ARGS)
 
 exact: $(STAMP)
-	OMP_NUM_THREADS=1 RLALIGN_EXACT_SEEDS=5 RLALIGN_EXACT_TABLE=$(TABLE) $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/exact $(ARGS)
+	mkdir -p $(dir $(TABLE)) docs/assets/exact
+	OMP_NUM_THREADS=1 RLALIGN_EXACT_SEEDS=5 RLALIGN_EXACT_TABLE=$(TABLE) RLALIGN_EXACT_JSON=docs/assets/exact/results.json $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/exact $(ARGS)
 
 families: $(STAMP)
 	OMP_NUM_THREADS=1 RLALIGN_FAMILY_TABLE=docs/assets/families.json $(OFFLINE) $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup tests/contracts/test_families.py tests/test_families_train.py $(ARGS)

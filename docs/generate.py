@@ -72,8 +72,11 @@ def filled(page: str) -> str:
 def table(name: str) -> str:
     own = {"metrics": metrics, "prometheus": prometheus, "comparison": comparison}
     own |= {"families": families, "families tested": families_tested, "family keys": family_keys}
-    if name.startswith("curve "):
-        return "\n".join(curve(name.removeprefix("curve ")))
+    own |= {"algorithm names": algorithm_names}
+    own |= {"seeds of exact": lambda: [f"{_seeds_of(_proved())}, torch {_proved()['torch']}."]}
+    for prefix, rows in (("curve ", curve), ("exact ", exact), ("rung ", rung)):
+        if name.startswith(prefix):
+            return "\n".join(rows(name.removeprefix(prefix)))
     return "\n".join(own[name]() if name in own else keys(BLOCKS[name]))
 
 
@@ -83,7 +86,7 @@ Run = dict[str, Any]
 def compared() -> dict[str, list[Run]]:
     """Runs of `benchmarks/comparison.py` by row, the best first."""
     found: dict[str, list[Run]] = {}
-    for run in json.loads((DOCS / "assets" / "comparison" / "results.json").read_text()):
+    for run in _results("results.json"):
         found.setdefault(run["name"], []).append(run)
     return dict(sorted(found.items(), key=lambda row: -_mean(row[1], lambda run: run["curve"][-1][1])))
 
@@ -100,11 +103,20 @@ def comparison() -> Iterator[str]:
         yield f"| {name} | {len(runs)} | {curve} | {ends[0]:.2f} | {ends[1]:.3g} | {rows} | {ends[2]:.0f} |"
 
 
+SAME = {"online_dpo": "dpo"}  # presets that set nothing but their name
+
+
 def curve(name: str) -> Iterator[str]:
     """A sentence and a picture of one row."""
+    if name in SAME:
+        yield f"Its settings are those of `{SAME[name]}`, and so is [its curve](#on-the-shipped-pipeline)."
+        return
+    if ascents := [run for run in _results("saturation.json") if run["name"] == name]:
+        yield from ascent(name, ascents)
+        return
     runs = compared().get(name)
     if runs is None:
-        yield f"Not run yet: `python benchmarks/comparison.py --only {name}`."
+        yield "Not among the runs of [the comparison](../comparison.md)."
         return
     steps = runs[0]["curve"][-1][0]
     first, last = (_mean(runs, lambda run, i=i: run["curve"][i][1]) for i in (0, -1))
@@ -118,12 +130,89 @@ def curve(name: str) -> Iterator[str]:
     yield f"![{name} among the others](../assets/comparison/{name.partition(' ')[0]}.png)"
 
 
+def ascent(name: str, runs: list[Run]) -> Iterator[str]:
+    """The same of a method that needs a differentiable reward: runs of `benchmarks/ascent.py`."""
+    steps = runs[0]["curve"][-1][0]
+    first, last = (_mean(runs, lambda run, i=i: run["curve"][i][1]) for i in (0, -1))
+    before, after = (_mean(runs, lambda run, i=i: run["heldout"][i][1]) for i in (0, -1))
+    yield (
+        f"{steps} steps of {runs[0]['images'] // steps} images on the reward `saturation`, {_seeds(len(runs))}:"
+        f" held-out saturation {first:.3f} → {last:.3f}; composition accuracy, which nothing rewards, {before:.3f} →"
+        f" {after:.3f}; diversity {_mean(runs, lambda run: run['diversity']):.2f}, {runs[0]['with_graph']:,} passes of"
+        f" the network with a graph, {_mean(runs, lambda run: run['cpu_s']):.0f} CPU seconds."
+    )
+    yield ""
+    yield "![saturation by steps](../assets/comparison/saturation.png)"
+
+
+def exact(name: str) -> Iterator[str]:
+    """What the exact ladder measured of one algorithm or preset."""
+    proved = _proved()
+    yield "| rung | of | measured | value | bound |"
+    yield "|---|---|---|---|---|"
+    for row in proved["rows"]:
+        if row["algorithm"] == name:
+            cells = (row["rung"], _cell(row["case"]), _cell(row["quantity"]), _values_of([row]), _cell(row["bound"]))
+            yield f"| {' | '.join(cells)} |"
+    yield ""
+    yield f"{_seeds_of(proved)}. [What the rungs are](../exact.md)."
+
+
+def rung(name: str) -> Iterator[str]:
+    """One rung, a row an algorithm and quantity: all its cases together."""
+    found: dict[tuple[str, str, str], list[Run]] = {}
+    for row in _proved()["rows"]:
+        if row["rung"] == name:
+            found.setdefault((row["algorithm"], row["quantity"], row["bound"]), []).append(row)
+    yield "| | measured | cases | value | bound |"
+    yield "|---|---|---|---|---|"
+    for (algorithm, quantity, bound), rows in found.items():
+        yield f"| `{algorithm}` | {_cell(quantity)} | {len(rows)} | {_values_of(rows)} | {_cell(bound)} |"
+
+
+def _proved() -> Run:
+    return json.loads((DOCS / "assets" / "exact" / "results.json").read_text())
+
+
+def _seeds_of(proved: Run) -> str:
+    many = f"{proved['seeds']} seeds" if proved["seeds"] > 1 else "One seed"
+    return f"{many}, {proved['date']}, {proved['machine']}"
+
+
+def _values_of(rows: list[Run]) -> str:
+    """The range of all values, and whether a test failed."""
+    values = [value for row in rows for value in row["values"]]
+    told = [f"{100 * value:.2g} %" if rows[0]["percent"] else f"{value:.3g}" for value in (min(values), max(values))]
+    failed = " **failed**" if any(row["outcome"] == "failed" for row in rows) else ""
+    return (told[0] if told[0] == told[1] else f"{told[0]} to {told[1]}") + failed
+
+
+def _results(name: str) -> list[Run]:
+    path = DOCS / "assets" / "comparison" / name
+    return json.loads(path.read_text()) if path.exists() else []
+
+
 def _seeds(count: int) -> str:
     return "one seed" if count == 1 else f"the mean of {count} seeds"
 
 
 def _mean(runs: list[Run], value: Callable[[Run], float]) -> float:
     return fmean(value(run) for run in runs)
+
+
+def algorithm_names() -> Iterator[str]:
+    """Every name of `rlalign algorithms list`, with the page that tells of it."""
+    yield "| algorithm | what it is | presets |"
+    yield "|---|---|---|"
+    for name in plugins.names("algorithm"):
+        module = plugins.load("algorithm", name)
+        about = (module.__doc__ or "").partition("\n\n")[0]
+        page = (DOCS / "algorithms" / f"{name}.md").read_text()
+        presets = [
+            f"[`{preset}`]({name}.md#{preset})" if f"### {preset}\n" in page else _code(preset)
+            for preset in getattr(module, "PRESETS", {})
+        ]
+        yield f"| [`{name}`]({name}.md) | {_cell(about)} | {', '.join(presets)} |"
 
 
 def metrics() -> Iterator[str]:

@@ -15,6 +15,7 @@ from rlalign.cli import app
 from rlalign.config import find, recipes, resolve
 from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig, attach
+from rlalign.overlays import algorithm_names, presets
 from rlalign.plugins import load
 from rlalign.policy import Policy, RolloutConfig
 from rlalign.runfile import Loader
@@ -52,6 +53,75 @@ def example(tmp_path: Path) -> Example:
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.md")), ids=lambda page: page.stem)
 def test_tables_are_those_of_the_code(page: Path):
     assert page.read_text() == filled(page.read_text()), "run: python docs/generate.py"
+
+
+PAPERS = [
+    "reinforce",
+    "ddpo",
+    "dpok",
+    "grpo",
+    "flow_grpo_fast",
+    "dance_grpo",
+    "mix_grpo",
+    "mix_grpo_flash",
+    "tempflow_grpo",
+    "flash_grpo",
+    "grpo_guard",
+    "flow_dppo",
+    "nft",
+    "awm",
+    "epg",
+    "pepg",
+    "par",
+    "fpo",
+    "dgpo",
+    "crd",
+    "ram",
+    "rvm",
+    "rwr",
+    "raft",
+    "dpo",
+    "online_dpo",
+    "ipo",
+    "d3po",
+    "kto",
+    "prdp",
+    "spo",
+    "refl",
+    "draft",
+    "draft_lv",
+    "alignprop",
+    "drtune",
+]
+SECTIONS = ("When to use it", "Settings", "Exact result", "On the shipped pipeline")
+
+
+@pytest.mark.parametrize("name", algorithm_names())
+def test_every_algorithm_has_a_page_and_papers_presets_a_section(name: str):
+    """With the formula, the exact result and the curve; those under a model's name stand in their algorithm's tables."""
+    algorithm = presets()[name][0].__name__.rpartition(".")[2] if name in presets() else name
+    page = (ROOT / "docs" / "algorithms" / f"{algorithm}.md").read_text()
+    assert f"`{name}`" in page or name == algorithm
+    if name not in PAPERS:
+        return
+    if name == algorithm:
+        assert all(f"\n## {section}\n" in page for section in SECTIONS)
+        assert "arxiv.org" in page.partition("\n## ")[0] and "\n```\n" in page
+    else:
+        assert f"\n### {name}\n" in page
+    exact, curve = (marked(page, f"{kind} {name}") for kind in ("exact", "curve"))
+    assert re.search(r"^\| T\d+ \|", exact, re.MULTILINE) and "**failed**" not in exact
+    assert curve
+
+
+def marked(page: str, table: str) -> str:
+    """What a marker is filled with."""
+    (found,) = re.findall(rf"<!-- table: {re.escape(table)} -->\n(.*?)<!-- end -->", page, re.DOTALL)
+    return found.strip()
+
+
+def test_names_of_papers_are_those_of_the_command_line():
+    assert {*PAPERS} <= {*algorithm_names()}
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/run_file.md"])

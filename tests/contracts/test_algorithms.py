@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,7 @@ from rlalign import plugins
 from rlalign.algorithms.base import Algorithm, Loss, Needs
 from rlalign.mdp.noise import Noise
 from rlalign.models.lora import LoraConfig
+from rlalign.overlays import overlay, presets
 from rlalign.policy import RolloutConfig
 from rlalign.types import RewardScores, Scores, State, Trajectory
 from rlalign.workers.learner import EmaConfig, Learner
@@ -126,6 +128,31 @@ def test_overlay_and_presets_are_settings_that_exist(module: ModuleType):
 def test_presets_are_plain_data(module: ModuleType):
     for preset in [module.OVERLAY, *getattr(module, "PRESETS", {}).values()]:
         json.dumps(preset)
+
+
+METHODS = [name for name, (_, preset) in presets().items() if "size" not in preset.get("rollout", {})]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_papers_preset_trains(name: str):
+    """Two steps with the rollout that it brings along. Presets with a size are of one model, and only read above."""
+    brought, module = overlay(name)
+    algorithm = module.Algorithm(module.Config(**presets()[name][1]["algorithm"]))
+    settings = small.rollout_config(**{"window": None, **brought.get("rollout", {})})
+    sampler, learner = small.workers(algorithm, settings)
+    before = {key: parameter.detach().clone() for key, parameter in learner.policy.parameters.items()}
+    for step in range(2):
+        trajectories = small.sample(sampler, step)
+        metrics = learner.update(trajectories, algorithm.advantages(small.scored(trajectories)), version=step)
+        assert metrics["grad_norm"] > 0 and all(math.isfinite(value) for value in metrics.values())
+        now = {key: parameter.detach().clone() for key, parameter in learner.policy.parameters.items()}
+        assert any(not torch.equal(now[key], before[key]) for key in now)
+        before = now
+
+
+def test_papers_presets_are_found_and_those_of_models_are_not_among_them():
+    assert {"flow_grpo_fast", "dance_grpo", "mix_grpo", "reinforce", "pepg", "par", "ipo", "draft_lv"} <= {*METHODS}
+    assert not {"flow_grpo_sd35", "nft_sd35", "ddpo_sd15"} & {*METHODS}
 
 
 def test_names_of_presets_are_unique_over_the_folder():

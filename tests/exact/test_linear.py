@@ -104,6 +104,7 @@ LONG = Budget(steps=24, groups=1000, samples=GROUP)
 WIDE_BATCHES = Budget(steps=50, groups=2000, samples=GROUP)
 SHORT = Budget(steps=24, groups=1000, samples=GROUP)
 HALF = Budget(steps=24, groups=500, samples=GROUP)
+DOUBLE = Budget(steps=24, groups=2000, samples=GROUP)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_other_trajectory_methods(
     at = build(beta * taus(plain) / plain.chain.c.clamp(min=1e-9)) if guard else plain
     config = OTHERS[name](beta)
     chosen = import_module(f"rlalign.algorithms.{config.name}").Algorithm(config)
-    runs = trained(lambda: build(beta), chosen, seeds, HALF, beta=beta)
+    runs = trained(lambda: build(beta), chosen, seeds, DOUBLE if guard else HALF, beta=beta)
     found, expected = shift(at, runs), float((at.outcome.mean * at.reward.q).sum())
     measured(distance=worst(at, runs), shift=found.mean, half=found.half(), true=expected)
     told(proves, config.name, f"{name}, {kernel} {noise_level:g}", at, runs, expected)
