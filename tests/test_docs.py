@@ -98,7 +98,7 @@ SECTIONS = ("When to use it", "Settings", "Exact result", "On the shipped pipeli
 
 @pytest.mark.parametrize("name", algorithm_names())
 def test_every_algorithm_has_a_page_and_papers_presets_a_section(name: str):
-    """With the formula, the exact result and the curve; those under a model's name stand in their algorithm's tables."""
+    """With formula, exact result and curve; those under a model's name stand in their algorithm's tables."""
     algorithm = presets()[name][0].__name__.rpartition(".")[2] if name in presets() else name
     page = (ROOT / "docs" / "algorithms" / f"{algorithm}.md").read_text()
     assert f"`{name}`" in page or name == algorithm
