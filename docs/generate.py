@@ -116,7 +116,7 @@ def curve(name: str) -> Iterator[str]:
         return
     runs = compared().get(name)
     if runs is None:
-        yield "Not among the runs of [the comparison](../comparison.md)."
+        yield "No run of it stands in [the comparison](../comparison.md)."
         return
     steps = runs[0]["curve"][-1][0]
     first, last = (_mean(runs, lambda run, i=i: run["curve"][i][1]) for i in (0, -1))
@@ -182,7 +182,7 @@ def _seeds_of(proved: Run) -> str:
 def _values_of(rows: list[Run]) -> str:
     """The range of all values, and whether a test failed."""
     values = [value for row in rows for value in row["values"]]
-    told = [f"{100 * value:.2g} %" if rows[0]["percent"] else f"{value:.3g}" for value in (min(values), max(values))]
+    told = [f"{100 * value:.2g} %" if rows[0]["percent"] else f"{value:.4g}" for value in (min(values), max(values))]
     failed = " **failed**" if any(row["outcome"] == "failed" for row in rows) else ""
     return (told[0] if told[0] == told[1] else f"{told[0]} to {told[1]}") + failed
 

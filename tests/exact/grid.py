@@ -17,9 +17,9 @@ import torch
 from scipy.stats import norm
 from torch import Tensor, nn
 
-from rlalign.algorithms.base import Algorithm, SampleWith
+from rlalign.algorithms.base import Algorithm
 from rlalign.mdp.schedule import plain_sigmas
-from rlalign.policy import Policy, RolloutConfig
+from rlalign.policy import Policy, RolloutConfig, Variant
 from rlalign.types import Trajectory
 
 from .mixture import SHIFT, Family, Plain, Reward, Velocity, backward, sample
@@ -205,7 +205,7 @@ Draw = Callable[[Policy, int, Plan], tuple[Trajectory, Reward, Plain]]
 """The batch of one number, what scores it, and the noise that its losses ask for."""
 
 
-def fresh(reward: Reward, seed: int, weights: SampleWith) -> Draw:
+def fresh(reward: Reward, seed: int, weights: Variant) -> Draw:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(policy: Policy, number: int, plan: Plan) -> tuple[Trajectory, Reward, Plain]:
