@@ -55,63 +55,18 @@ def test_tables_are_those_of_the_code(page: Path):
     assert page.read_text() == filled(page.read_text()), "run: python docs/generate.py"
 
 
-<<<<<<< HEAD
-PAPERS = [
-    "reinforce",
-    "ddpo",
-    "dpok",
-    "grpo",
-    "flow_grpo_fast",
-    "dance_grpo",
-    "mix_grpo",
-    "mix_grpo_flash",
-    "tempflow_grpo",
-    "flash_grpo",
-    "grpo_guard",
-    "flow_dppo",
-    "nft",
-    "awm",
-    "epg",
-    "pepg",
-    "par",
-    "fpo",
-    "dgpo",
-    "crd",
-    "ram",
-    "rvm",
-    "rwr",
-    "raft",
-    "dpo",
-    "online_dpo",
-    "ipo",
-    "d3po",
-    "kto",
-    "prdp",
-    "spo",
-    "refl",
-    "draft",
-    "draft_lv",
-    "alignprop",
-    "drtune",
-]
-=======
 NAMES = """
 reinforce ddpo dpok grpo flow_grpo_fast dance_grpo mix_grpo mix_grpo_flash tempflow_grpo flash_grpo grpo_guard flow_dppo
 nft awm epg pepg par fpo dgpo crd ram rvm rwr raft dpo online_dpo ipo d3po kto prdp spo refl draft draft_lv alignprop
 drtune
 """
 PAPERS = NAMES.split()
->>>>>>> exact
 SECTIONS = ("When to use it", "Settings", "Exact result", "On the shipped pipeline")
 
 
 @pytest.mark.parametrize("name", algorithm_names())
 def test_every_algorithm_has_a_page_and_papers_presets_a_section(name: str):
-<<<<<<< HEAD
-    """With formula, exact result and curve; those under a model's name stand in their algorithm's tables."""
-=======
     """With the formula, the exact result and the curve; a model's presets stand in their algorithm's tables."""
->>>>>>> exact
     algorithm = presets()[name][0].__name__.rpartition(".")[2] if name in presets() else name
     page = (ROOT / "docs" / "algorithms" / f"{algorithm}.md").read_text()
     assert f"`{name}`" in page or name == algorithm
