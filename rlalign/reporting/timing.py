@@ -19,7 +19,7 @@ ROLES = (DRIVER, "sampler", "scorer", "learner")
 PHASES = ("rollout", "reward", "update", "publish")
 KINDS = {
     "sample": "rollout",
-    "show": "rollout",
+    "show": "evaluation",
     "score": "reward",
     "update": "update",
     "publish": "publish",
