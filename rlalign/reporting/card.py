@@ -59,7 +59,7 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
         family=_short(config["model"]["family"]),
         algorithm=_short(config["algorithm"]["name"]),
         about=_linked(exported.about),
-        prompts=", ".join(f"`{_short(str(path))}` ({split})" for split, path in config["prompts"].items()),
+        prompts=_prompts(config["prompts"]),
         cards=summary.cards(rows, held_out, config),
         rewards=_shortened(config["rewards"]),
         picture=picture.name if drawn else None,
@@ -161,6 +161,19 @@ def _shortened(tree: Any) -> Any:
     if isinstance(tree, list):
         return [_shortened(value) for value in tree]
     return _short(tree) if isinstance(tree, str) else tree
+
+
+def _prompts(block: Mapping[str, Any]) -> str:
+    """Where they come from: a file, a data set, or a share of the training prompts."""
+    parts: list[str] = []
+    for part in ("train", "heldout", "test"):
+        source = block.get(part)
+        if isinstance(source, float):
+            parts.append(f"{source:.0%} of train ({part})")
+        elif source is not None:
+            name = (source["dataset"] or source["path"]) if isinstance(source, dict) else source
+            parts.append(f"`{_short(name)}` ({part})")
+    return ", ".join(parts)
 
 
 def _short(text: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rlalign.reporting.card import MARK, Exported, _shortened, remarks, require_ours, write_card
+from rlalign.reporting.card import MARK, Exported, _prompts, _shortened, remarks, require_ours, write_card
 from rlalign.reporting.licence import declared, front_matter, sentence
 from tests.reporting.example import config, example_run
 
@@ -58,6 +58,13 @@ def test_paths_and_tokens_are_left_out():
         "rewards": [{"use": "r.py:red", "options": {"api_key": "left out", "token_env": "RED_TOKEN", "n": 2}}],
         "prompts": {"train": "train.txt"},
     }
+
+
+def test_where_prompts_come_from_is_told_in_names():
+    files = {"train": "/x/train.txt", "heldout": "/x/held.txt", "test": None, "split_seed": 0, "weights": {}}
+    assert _prompts(files) == "`train.txt` (train), `held.txt` (heldout)"
+    sets = {"train": {"dataset": "my/set", "path": None}, "heldout": 0.1, "test": {"dataset": None, "path": "/x/t.txt"}}
+    assert _prompts(sets) == "`my/set` (train), 10% of train (heldout), `t.txt` (test)"
 
 
 def test_the_licence_is_that_of_the_base_models_card(tmp_path: Path):
