@@ -27,7 +27,7 @@ from .conftest import Proof
 from .mixture import Walk, components, fit, log_ratio_slope, make_policy, sample, walk
 
 BETA, S = 8.0, 1.0
-DGPO_BETA = 0.05  # small: σ(S_g) knows of the same noise as the gradient that it weighs, an error in S of this order
+DGPO_BETA = 0.03  # small: σ(S_g) knows of the same noise as the gradient that it weighs, an error in S of this order
 WEIGHTS, STD = [0.5, 0.3, 0.2], 0.6
 FAR = 3.0
 MEANS = {"linear": [[-2.5], [0.0], [2.5]], "indicator": [[-FAR], [0.0], [FAR]]}
@@ -59,7 +59,7 @@ SIGNED: dict[str, Any] = {  # methods whose loss is A e, but for a ratio
     "awm": awm.Config(**TWICE, adv_max=None, teacher_weight=0.0),
     "epg": epg.Config(**TWICE, clip_range=None, old_decay=awm.Ramp(rate=0.0, max=0.0)),
     "fpo": fpo.Config(**TWICE, clip_range=1.0),
-    "dgpo": dgpo.Config(**OPEN, beta=DGPO_BETA, clip_range=None),
+    "dgpo": dgpo.Config(**TWICE, beta=DGPO_BETA, clip_range=None),
 }
 
 
@@ -75,7 +75,6 @@ def walked(
     chosen = import_module(f"rlalign.algorithms.{config.name}").Algorithm(config)
     slowness = config.beta * config.adv_clip if config.name == "nft" else 16.0  # 1/η
     weight = 0.5 if config.name == "dgpo" else 1.0
-    rows = 2000 if config.name == "dgpo" else rows  # it compares all pairs of rows
     updates = config.updates_per_step
     plan = Walk(round(length * slowness), 2 * weight * slowness * updates, rows, updates=updates)
     told = walk(policy, chosen, lambda x: sign * REWARDS[name](x), seed, plan)
