@@ -19,7 +19,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +36,6 @@ KL_SAMPLES = 64
 FORWARD = "optimizer.lr=7e-4 algorithm.num_times=4"
 SLOW = "optimizer.lr=2e-4 algorithm.num_times=4"
 CHAIN = "optimizer.lr=5e-4"
-ALL_STEPS = "rollout.window=null"
 PUBLISHED = Path(__file__).parents[1] / "docs" / "assets" / "comparison"
 ROWS: dict[str, str] = {
     "nft": "",
@@ -64,6 +63,7 @@ ROWS: dict[str, str] = {
     "flow_grpo_fast": f"algorithm=flow_grpo_fast rollout.num_steps=10 {CHAIN}",
     "dance_grpo": f"algorithm=dance_grpo rollout.num_steps=16 {CHAIN}",
     "mix_grpo": f"algorithm=mix_grpo rollout.num_steps=25 rollout.window.hold=2 {CHAIN}",
+    "mix_grpo_flash": f"algorithm=mix_grpo_flash rollout.num_steps=25 rollout.window.hold=2 {CHAIN}",
     "tempflow_grpo": f"algorithm=tempflow_grpo rollout.num_steps=10 {CHAIN}",
     "flash_grpo": f"algorithm=flash_grpo rollout.num_steps=20 {CHAIN}",
     "reinforce": f"algorithm=reinforce {CHAIN}",
@@ -93,8 +93,10 @@ class Counter:
         from rlalign import build, loop
         from rlalign.commands import train as command
         from rlalign.policy import Policy
+        from rlalign.workers.learner import Learner
 
-        load, judge, guided, run_loop = build.load_policy, loop.judge, Policy._guided, command.run_loop
+        load, judge, drift = build.load_policy, loop.judge, Learner.drift
+        guided, run_loop = Policy._guided, command.run_loop
 
         def load_policy(config: Any) -> Any:
             self.policy = load(config)
@@ -107,19 +109,23 @@ class Counter:
                 self.with_graph += passes * torch.is_grad_enabled()
             return guided(policy, x, times, cond, uncond, scale)
 
-        def judge_uncounted(*args: Any) -> None:
-            self.counting, self.cpu = False, self.cpu + time.process_time()
-            judge(*args)
-            self.counting, self.cpu = True, self.cpu - time.process_time()
+        def uncounted(function: Callable[..., Any]) -> Callable[..., Any]:
+            def call(*args: Any) -> Any:
+                self.counting, self.cpu = False, self.cpu + time.process_time()
+                result = function(*args)
+                self.counting, self.cpu = True, self.cpu - time.process_time()
+                return result
+
+            return call
 
         def loop_counted(*args: Any) -> None:
             self.counting, self.cpu = True, self.cpu - time.process_time()
             run_loop(*args)
             self.counting, self.cpu = False, self.cpu + time.process_time()
 
-        build.load_policy, loop.judge, command.run_loop = load_policy, judge_uncounted, loop_counted
-        network: Any = Policy
-        network._guided = guided_and_counted
+        build.load_policy, loop.judge, command.run_loop = load_policy, uncounted(judge), loop_counted
+        Policy._guided = guided_and_counted  # pyright: ignore[reportAttributeAccessIssue]
+        Learner.drift = uncounted(drift)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def path_kl(policy: Any, prompts: Sequence[Any]) -> float:
@@ -217,11 +223,12 @@ def folder_of(name: str, seed: int, to: Path) -> Path:
     return to / f"{name.partition(' ')[0]}_seed{seed}"
 
 
-def train(name: str, seed: int, to: Path) -> None:
+def train(name: str, seed: int, to: Path, script: str = __file__) -> None:
+    """By ``script --one`` in a process of its own."""
     run = folder_of(name, seed, to)
     if (run / "counts.json").exists():
         return
-    call = [sys.executable, __file__, "--one", name, "--seeds", str(seed), "--to", str(to)]
+    call = [sys.executable, script, "--one", name, "--seeds", str(seed), "--to", str(to)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(call, capture_output=True, text=True, env=environment, check=False)
     print(f"{name}, seed {seed}: {'done' if not done.returncode else done.stderr[-300:]}", flush=True)
