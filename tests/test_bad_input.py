@@ -93,17 +93,19 @@ SETTINGS = [
     ),
     *(
         Case(
-            f"no densities for {name}",
+            f"no densities for {name} {more}",
             ("train", "run.yaml", f"algorithm={name}", "rollout.kernel=cps", "rollout.cps_logprob=unscaled", *more),
             ("rollout.cps_logprob is unscaled", name, "set it to gaussian"),
         )
-        for name, more in {
-            "grpo": ("algorithm.kl_weight=0.1",),
-            "flow_dppo": ("algorithm.kl_weight=0.1", "algorithm.updates_per_step=1"),
-            "dpok": (),
-            "grpo_guard": (),
-            "prdp": (),
-        }.items()
+        for name, more in (
+            ("grpo", ("algorithm.kl_weight=0.1",)),
+            ("grpo", ("algorithm.kl_weight=0.1", "algorithm.kl_form=no_tau")),
+            ("flow_dppo", ("algorithm.kl_weight=0.1", "algorithm.updates_per_step=1")),
+            ("flow_dppo", ("algorithm.kl_weight=0.1", "algorithm.kl_form=no_tau", "algorithm.updates_per_step=1")),
+            ("dpok", ()),
+            ("grpo_guard", ()),
+            ("prdp", ()),
+        )
     ),
     Case(
         "pre-training without data",

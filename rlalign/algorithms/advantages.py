@@ -143,8 +143,7 @@ class GroupRelative(Stateless):
         self._made_by = config
 
     def advantages(self, scores: Scores) -> Tensor:
-        told = self.multipliers.weighted(scores) if self.multipliers.bounds else scores
-        return group_relative(told, self._made_by)
+        return group_relative(self.multipliers.weighted(scores), self._made_by)
 
     def state_dict(self) -> State:
         return State(values={"multipliers": dict(self.multipliers.values)} if self.multipliers.bounds else {})

@@ -67,7 +67,7 @@ class Algorithm(GroupRelative):
         self.config = config
 
     def advantages(self, scores: Scores) -> Tensor:
-        return marks_of(super().advantages(scores), scores, self.config)
+        return marks_of(self.multipliers.weighted(scores), self.config)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:
         pairs = pairs_of(sample, advantages)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, GroupRelative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
-from rlalign.algorithms.losses import KlForm, divergence, fixed_step, kept_step, ratio, trusted
+from rlalign.algorithms.losses import DENSITIES, KlForm, divergence, fixed_step, kept_step, ratio, trusted
 from rlalign.algorithms.regularise import Penalised
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.transition import Gaussian
@@ -49,7 +49,7 @@ class Algorithm(GroupRelative):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
-        compares = config.kl_weight > 0 and config.kl_form == "gaussian"
+        compares = config.kl_weight > 0 and config.kl_form in DENSITIES
         self.needs = Needs(trajectory=True, silent_zero=True, densities=compares, exact_states=True)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:

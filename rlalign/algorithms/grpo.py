@@ -16,13 +16,14 @@ of ratios outside the clip range, ``clip_fraction_high`` and ``clip_fraction_low
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlalign.algorithms.advantages import AdvantageSettings, GroupRelative
 from rlalign.algorithms.base import Loss, Needs, SampleWith, UpdateSettings
 from rlalign.algorithms.grpo_presets import PRESETS as PRESETS
 from rlalign.algorithms.losses import (
+    DENSITIES,
     KlCredit,
     KlForm,
     StepWeight,
@@ -55,11 +56,21 @@ class Config(AdvantageSettings, Penalised, UpdateSettings):
     kl_form: KlForm = "gaussian"
     """gaussian is the true divergence; weights published for flow_grpo (0.04, 0.01) belong to no_tau."""
     kl_credit: KlCredit = "direct"
-    """to_go: A_k = A - β Σ_{j > k} KL_j, whole divergences of later kept steps, for one more pass a step (dpok.py)."""
+    """to_go: A_k = A - β Σ_{j > k} KL_j, whole divergences of later kept steps, for one more pass a step (dpok.py); for
+    kl_form gaussian and step_weight none."""
     step_weight: StepWeight = "none"
     """w of a step: tempflow grows with its noise, flash makes all gradients equally long; mean 1 over the steps."""
     zero_std_groups: Literal["drop", "keep"] = "drop"
     """Whether samples of a group that teaches nothing feel the penalty all the same."""
+
+    @model_validator(mode="after")
+    def _one_divergence(self) -> "Config":
+        if self.kl_credit == "to_go" and (self.kl_form, self.step_weight) != ("gaussian", "none"):
+            raise ValueError(
+                "kl_credit: to_go counts true divergences that weigh the same in all steps: set kl_form: gaussian and "
+                "step_weight: none, or kl_credit: direct"
+            )
+        return self
 
     @property
     def clip(self) -> tuple[float, float]:
@@ -72,7 +83,8 @@ class Algorithm(GroupRelative):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.config = config
-        free, compares = config.kl_weight == 0, config.kl_weight > 0 and config.kl_form == "gaussian"
+        free = config.kl_weight == 0
+        compares = not free and config.kl_form in DENSITIES
         self.needs = Needs(trajectory=True, silent_zero=True, log_probs_only=free, densities=compares)
 
     def losses(self, policy: Policy, sample: Trajectory, advantages: Tensor, noise: Noise) -> Iterator[Loss]:

@@ -84,7 +84,8 @@ class Algorithm(GroupRelative):
 
     def advantages(self, scores: Scores) -> Tensor:
         if self.config.liked == "positive":
-            return torch.where(scores.valid, (scores.total > 0).to(scores.total) * 2 - 1, 0)
+            total = self.multipliers.weighted(scores).total
+            return torch.where(scores.valid, (total > 0).to(total) * 2 - 1, 0)
         values = super().advantages(scores)
         counted = scores.valid if self.config.select == "all" else scores.valid & (values != 0)
         return thumbs(values, counted, self.config.liked == "above_median")

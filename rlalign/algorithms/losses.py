@@ -8,10 +8,12 @@ from torch import Tensor
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.regularise import held
 from rlalign.mdp.prediction import from_network
+from rlalign.models.base import Unusable
 from rlalign.policy import Policy, Step, Variant
 from rlalign.types import Trajectory
 
 KlForm = Literal["gaussian", "no_tau", "mean_sq", "velocity"]
+DENSITIES: tuple[KlForm, ...] = ("gaussian", "no_tau")  # whose weight means the same in all steps beside densities
 KlCredit = Literal["direct", "to_go"]
 StepWeight = Literal["none", "tempflow", "flash"]
 
@@ -71,9 +73,9 @@ def divergence(form: KlForm, step: Step, reference: Step, reduction: Literal["me
 
 
 def step_length(step: Step) -> Tensor:
-    """τ = σ - σ' [b]; ValueError off the flow path, where noise levels are no times."""
+    """τ = σ - σ' [b]; Unusable off the flow path, where noise levels are no times."""
     if not torch.allclose(step.now.alpha + step.now.sigma, torch.ones_like(step.now.sigma), atol=1e-4):
-        raise ValueError(
+        raise Unusable(
             "the length τ of a step belongs to flow-matching models, and this one is not: set algorithm.kl_form to "
             "gaussian or velocity, and for grpo_guard guard_div_tau: false"
         )
@@ -132,7 +134,8 @@ def step_weights(kind: StepWeight, policy: Policy, sample: Trajectory) -> Tensor
     """
     if kind == "none":
         return torch.ones_like(sample.log_probs)
-    schedule, window = sample.schedule, policy.settings.window
+    window = policy.settings.window
+    schedule = policy.schedule(policy.settings)  # of all steps: a compressed chain's own ends early, behind its window
     low, high = window.bounds(schedule.num_steps) if window else (0, schedule.num_steps - 1)
     at = torch.arange(schedule.num_steps - 1)
     x = torch.zeros(len(at), 1, dtype=torch.float64)

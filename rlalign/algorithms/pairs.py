@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from rlalign.algorithms.advantages import AdvantageSettings
+from rlalign.algorithms.advantages import AdvantageSettings, group_relative
 from rlalign.algorithms.base import Loss, UpdateSettings
 from rlalign.algorithms.forward import group_index
 from rlalign.algorithms.losses import fixed_step
@@ -41,8 +41,9 @@ class PairSettings(AdvantageSettings, Anchored, UpdateSettings):
     """Only pairs whose winner is at least as good in every training reward."""
 
 
-def marks_of(values: Tensor, scores: Scores, settings: PairSettings) -> Tensor:
-    """[P, G] float32: pairs by advantage [P, G], so that several rewards are weighed as everywhere else."""
+def marks_of(scores: Scores, settings: PairSettings) -> Tensor:
+    """[P, G] float32: pairs by advantage, so that several rewards are weighed as everywhere else."""
+    values = group_relative(scores, settings)
     counted = scores.valid if settings.select == "all" else scores.valid & (values != 0)
     parts = [reward.values * reward.weight for reward in scores.training.values()] if settings.unanimous else []
     return marks(values, counted, settings.pairs, parts)

@@ -56,7 +56,7 @@ class Algorithm(GroupRelative):
 
     def advantages(self, scores: Scores) -> Tensor:
         config, valid = self.config, scores.valid
-        values = super().advantages(scores) if config.of == "advantage" else scores.total
+        values = super().advantages(scores) if config.of == "advantage" else self.multipliers.weighted(scores).total
         values = torch.where(valid, values.double(), 0)
         if config.weights == "softmax":
             return group_softmax(values, valid, config.temperature).float()

@@ -1,6 +1,7 @@
 """Hand-computed advantages, and what must hold of all of them."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -310,6 +311,23 @@ def test_every_group_relative_algorithm_finds_and_keeps_weights_of_constraints(n
     assert again.multipliers.values == {"legible": 3.0}
     assert torch.equal(again.advantages(scores), algorithm.advantages(scores))
     assert not free.state_dict().values
+
+
+@pytest.mark.parametrize(
+    ("name", "config"), [("rwr", {"of": "reward"}), ("kto", {"liked": "positive"}), ("dpo", {"unanimous": True})]
+)
+def test_rewards_that_are_not_made_advantages_of_are_constrained_too(name: str, config: dict[str, Any]):
+    """λ = 1 and all weights are halved: liked counts 1/2, and legible, of weight 0 in the run file, 1/2."""
+    ok, module = torch.ones(1, 3, dtype=torch.bool), plugins.load("algorithm", name)
+    values = {"liked": torch.tensor([[3.0, 0.0, -2.0]]), "legible": torch.tensor([[-1.0, 0.0, 4.0]])}
+    weights = {"liked": 1.0, "legible": 0.0}
+    scores = Scores({key: RewardScores(r, ok, "train", weights[key]) for key, r in values.items()})
+    algorithm = module.Algorithm(module.Config(constraints={"legible": 2.0}, constraint_rate=1.0, **config))
+    expected = {"rwr": torch.softmax(torch.tensor([[1.0, 0.0, 1.0]]), 1) * 3, "kto": [[1, -1, 1]], "dpo": [[0, 0, 0]]}
+    assert torch.allclose(algorithm.advantages(scores), torch.as_tensor(expected[name], dtype=torch.float32))
+    assert algorithm.multipliers.values == {"legible": 1.0}
+    with pytest.raises(ValueError, match="no reward with role train is called 'readable'"):
+        module.Algorithm(module.Config(constraints={"readable": 2.0}, **config)).advantages(scores)
 
 
 def test_group_relative_algorithms_are_most():

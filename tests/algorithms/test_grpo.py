@@ -160,6 +160,13 @@ def test_no_reference_pass_without_a_penalty(policy: Policy, trajectory: Traject
     assert len(passes) == 3 + 6
 
 
+def test_penalties_of_later_steps_are_credited_where_that_is_the_gradient_of_an_objective():
+    assert Config(kl_credit="to_go", kl_weight=0.1).kl_credit == "to_go"
+    for wrong in ({"kl_form": "no_tau"}, {"kl_form": "mean_sq"}, {"kl_form": "velocity"}, {"step_weight": "flash"}):
+        with pytest.raises(ValidationError, match="set kl_form: gaussian and step_weight: none"):
+            Config(**{"kl_credit": "to_go", "kl_weight": 0.1, **wrong})
+
+
 @pytest.mark.parametrize("wrong", [{"clip_range": 0.0}, {"clip_range": (0.1, -0.1)}, {"kl_weight": -1}, {"beta": 1}])
 def test_impossible_settings_are_refused(wrong: dict[str, Any]):
     with pytest.raises(ValidationError):

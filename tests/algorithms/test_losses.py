@@ -1,6 +1,7 @@
 """The clipped ratio and the divergences, against numbers computed by hand."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -138,6 +139,19 @@ def test_flash_weights_of_another_kernel():
     std = nxt * math.sin(0.4 * math.pi)
     raw = std / ((nxt.square() - std.square()).sqrt() * (1 - now) - (1 - nxt) * now).abs()
     assert torch.allclose(step_weights("flash", policy, trajectory)[0], raw / raw.mean(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+@pytest.mark.parametrize("kind", ["tempflow", "flash"])
+def test_weights_of_a_compressed_chain_are_those_of_the_whole_one(kind: StepWeight, step: int):
+    """Its levels are the same as far as the window goes, and it ends early: it may be at the first 6 of these 10 steps."""
+    compressed = {"size": 1, "range": "all", "schedule": "progressive", "hold": 1, "compress": 0.4}
+    policy = make_policy(num_steps=10, shift=3.0, window=compressed)
+    whole = make_policy(num_steps=10, shift=3.0, window={"size": 1, "range": (0, 6)})
+    trajectory = sample(whole, 1, seed=0)
+    short = replace(trajectory, schedule=policy.schedule(policy.settings, step), steps=torch.tensor([[step]]))
+    assert short.schedule.num_steps < 10
+    torch.testing.assert_close(step_weights(kind, policy, short)[0], step_weights(kind, whole, trajectory)[0, [step]])
 
 
 def test_weights_have_mean_one_over_the_places_of_the_window():

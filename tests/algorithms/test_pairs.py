@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlalign.algorithms.advantages import group_relative
 from rlalign.algorithms.base import Loss
 from rlalign.algorithms.losses import fixed_step
 from rlalign.algorithms.pairs import (
@@ -51,7 +50,7 @@ def test_invalid_samples_are_never_in_a_pair():
 
 
 def marked(scores: Scores, settings: PairSettings) -> list[list[float]]:
-    return marks_of(group_relative(scores, settings), scores, settings).tolist()
+    return marks_of(scores, settings).tolist()
 
 
 def test_only_unanimous_pairs():
