@@ -1,11 +1,14 @@
 """What only several blocks together can tell: settings that cannot work are refused, doubtful ones warned of."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rlalign.algorithms.advantages import AdvantageSettings
 from rlalign.algorithms.base import epochs_of
+from rlalign.algorithms.regularise import penalty_of
 from rlalign.models.lora import encoders_among
+from rlalign.plugins import did_you_mean
 from rlalign.prompts import read
 from rlalign.prompts.matching import shared
 from rlalign.prompts.sources import others
@@ -28,7 +31,8 @@ def refuse(config: "RunConfig") -> None:
 
 def _problems(config: "RunConfig") -> Iterator[str]:
     rollout, evaluation = config.rollout, config.evaluation
-    needs = config.algorithm_module.Algorithm(config.algorithm).needs
+    algorithm = config.algorithm_module.Algorithm(config.algorithm)
+    needs = algorithm.needs
     try:
         check_rewards(config.rewards)
     except ValueError as error:
@@ -55,6 +59,7 @@ def _problems(config: "RunConfig") -> Iterator[str]:
             f"rollout.cps_logprob is unscaled, which is no density, and this setting of algorithm "
             f"{config.algorithm.name} compares densities; set it to gaussian"
         )
+    yield from _no_such_reward(config, penalty_of(algorithm).gate)
     if needs.exact_states and rollout.latent_store != "fp32":
         yield (
             f"rollout.latent_store is {rollout.latent_store}, but algorithm {config.algorithm.name} recovers means "
@@ -92,6 +97,21 @@ def _no_noise(config: "RunConfig") -> Iterator[str]:
             f"rollout.noise_level is 0, which makes the steps of {rollout.kernel} deterministic, and this algorithm "
             "learns from stochastic ones; set it above 0"
         )
+
+
+def _no_such_reward(config: "RunConfig", gate: Sequence[str]) -> Iterator[str]:
+    """Keys of the algorithm that name rewards with role train."""
+    trained = sorted(reward.name for reward in config.rewards if reward.role == "train")
+    named: dict[str, Iterable[str]] = {"penalty.gate": gate}
+    if isinstance(config.algorithm, AdvantageSettings):
+        diversity = config.algorithm.diversity or "pixels"
+        named |= {"constraints": config.algorithm.constraints, "diversity": {diversity} - {"pixels"}}
+    for key, names in named.items():
+        if unknown := sorted({*names} - {*trained}):
+            told = did_you_mean(unknown[0], trained)
+            yield f"algorithm.{key} names {unknown[0]!r}, and no reward with role train is called that{told}"
+    if {*gate} >= {*trained}:
+        yield "algorithm.penalty.gate names all rewards with role train; leave out those that are trained"
 
 
 def _no_siblings(config: "RunConfig", wanted: bool) -> Iterator[str]:

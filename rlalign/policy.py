@@ -233,6 +233,8 @@ class Policy:
         self.sharded = False  # every rank of a learner group holds a part of each parameter and of each copy
         if not lora:
             self.keep("reference")
+        if settings.retain == "gradients":
+            linear_layers(family.nets.values(), parameters.values())  # refuses those that hold other weights
         first = next(iter(parameters.values()))
         self.device, self.dtype = first.device, _main_dtype(next(iter(family.nets.values())))
 
@@ -374,13 +376,13 @@ class Policy:
     def schedule(self, settings: RolloutConfig, step: int | None = None) -> Schedule:
         """The chain's points, with ``step`` those of chains that are trained in that training step.
 
-        ValueError where a shift is asked of a model that is on another path.
+        Unusable where a shift is asked of a model that is on another path.
         """
         own = self.family.schedule(settings.num_steps, self.size)
         if settings.shift is None:
             return own
         if not own.is_flow:
-            raise ValueError("rollout.shift is for flow-matching models, and this one is not: leave it out")
+            raise Unusable("rollout.shift is for flow-matching models, and this one is not: leave it out")
         return flow_schedule(settings.grid(step))
 
     @property
@@ -461,6 +463,11 @@ class Policy:
 
         ``guidance`` replaces the rollout's scale.
         """
+        if sample.schedule.table is None and not sample.schedule.is_flow:
+            raise Unusable(
+                "this algorithm noises finished samples, for which the model's family has to say how noisy every "
+                "training time is, in the table of its schedule"
+            )
         level, time = sample.schedule.between(t, x)
         own = x if sample.schedule.table is None else x * (level.alpha + level.sigma)
         scale = self.settings.guidance_scale if guidance is None else guidance

@@ -107,11 +107,7 @@ class Schedule:
             index = self._closest(t)
             alpha = self.table[index].reshape(shape)
             return Level(alpha.to(like), (1 - alpha.square()).sqrt().to(like), interior), index.to(t.device).float()
-        if not self.is_flow:
-            raise ValueError(
-                "this algorithm noises finished samples, for which the model's family has to say how noisy every "
-                "training time is, in the table of its schedule"
-            )
+        assert self.is_flow, "levels of another path, and no table"
         sigma = t.to(like.dtype).reshape(shape)
         return Level(1 - sigma, sigma, interior), 1000 * t.float()
 

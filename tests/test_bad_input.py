@@ -107,6 +107,19 @@ SETTINGS = [
             ("prdp", ()),
         )
     ),
+    train("a constraint of no reward", "algorithm.constraints={frist: 0.6}", "constraints names", "mean 'first'"),
+    train("diversity by no reward", "algorithm.diversity=dino", "algorithm.diversity names 'dino'", "there are: first"),
+    *(
+        Case(
+            f"a gate that names {gate}",
+            ("train", "run.yaml", f"algorithm={{name: {name}, kl_weight: 0.1, penalty: {{gate: [{gate}]}}}}"),
+            ("algorithm.penalty.gate names", *words),
+        )
+        for name, gate, words in (
+            ("grpo", "taste", ("'taste'", "there are: first")),
+            ("nft", "first", ("all rewards with role train",)),
+        )
+    ),
     Case(
         "pre-training without data",
         ("train", "run.yaml", "algorithm={name: refl, pretraining: 1.0}"),

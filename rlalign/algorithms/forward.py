@@ -29,6 +29,7 @@ from rlalign.algorithms.losses import mean_square
 from rlalign.algorithms.regularise import Penalised, held
 from rlalign.ema import ramp
 from rlalign.mdp.noise import Noise
+from rlalign.models.base import Unusable
 from rlalign.policy import Policy, Variant
 from rlalign.settings import Settings
 from rlalign.types import Trajectory
@@ -127,7 +128,7 @@ def draw_times(settings: TimeSettings, sample: Trajectory, noise: Noise, by_grou
         place = grid if table is None else sample.schedule.time[:-1] / len(table)
         grid = grid[(place >= low) & (place <= high)]
         if settings.num_times > len(grid):
-            raise ValueError(
+            raise Unusable(
                 f"algorithm.num_times: {settings.num_times} is more than the rollout's {len(grid)} levels within "
                 f"time_range [{low:g}, {high:g}]"
             )
@@ -176,7 +177,7 @@ def fixed_velocity(
     scale.
     """
     if guidance is not None and sample.uncond is None:
-        raise ValueError("algorithm.kl_guidance is for models with guidance, and this one encodes no negative prompts")
+        raise Unusable("algorithm.kl_guidance is for models with guidance, and this one encodes no negative prompts")
     with policy.using(policy.anchor if name == "reference" else name):
         return policy.predict_noised(sample, at.x, at.t, guidance).velocity
 
@@ -206,7 +207,7 @@ def likelihood(v: Tensor, at: Noised, weighting: Weighting) -> Tensor:
     e = mean_square(v - at.velocity)
     if at.unit is not None:
         if weighting in ("elbo", "flow_sde"):
-            raise ValueError(f"algorithm.weighting {weighting} is for flow-matching models; set it to uniform")
+            raise Unusable(f"algorithm.weighting {weighting} is for flow-matching models; set it to uniform")
         e = at.unit * e
     if weighting == "huber":
         return -at.t * ((e + SMOOTH).sqrt() - SMOOTH**0.5)

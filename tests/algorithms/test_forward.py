@@ -24,6 +24,7 @@ from rlalign.algorithms.forward import (
     velocities,
 )
 from rlalign.mdp.noise import Noise
+from rlalign.models.base import Unusable
 
 from .chains import make_policy, weight
 from .gaussians import GRID, data, gradient, in_errors, moved, tilted
@@ -102,7 +103,7 @@ def test_times_of_the_grid_are_levels_within_the_range():
     levels = [s for s in sample.schedule.sigma[:-1].double().tolist() if 0.5 <= s <= 0.95]
     times = draw_times(TimeSettings(num_times=3, time_range=(0.5, 0.95)), sample, Noise(0))
     assert all(len({*row}) == 3 and {*row} <= {*levels} for row in times.tolist())
-    with pytest.raises(ValueError, match=r"num_times: 7 is more than the rollout's \d levels within"):
+    with pytest.raises(Unusable, match=r"num_times: 7 is more than the rollout's \d levels within"):
         draw_times(TimeSettings(num_times=7, time_range=(0.5, 0.95)), sample, Noise(0))
 
 
@@ -139,7 +140,7 @@ def test_velocities_under_other_weights_have_no_graph():
 def test_a_guided_reference_needs_negative_prompts():
     policy, sample = make_policy(), data(make_policy(), 0, rows=3)
     (at,) = at_times(TimeSettings(num_times=1), sample, Noise(0))
-    with pytest.raises(ValueError, match="encodes no negative prompts"):
+    with pytest.raises(Unusable, match="encodes no negative prompts"):
         fixed_velocity(policy, "reference", sample, at, guidance=4.5)
 
 

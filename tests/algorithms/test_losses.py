@@ -144,7 +144,7 @@ def test_flash_weights_of_another_kernel():
 @pytest.mark.parametrize("step", [0, 4])
 @pytest.mark.parametrize("kind", ["tempflow", "flash"])
 def test_weights_of_a_compressed_chain_are_those_of_the_whole_one(kind: StepWeight, step: int):
-    """Its levels are the same as far as the window goes, and it ends early: it may be at the first 6 of these 10 steps."""
+    """Its levels are the same as far as the window goes, it may be at the first 6 of these 10."""
     compressed = {"size": 1, "range": "all", "schedule": "progressive", "hold": 1, "compress": 0.4}
     policy = make_policy(num_steps=10, shift=3.0, window=compressed)
     whole = make_policy(num_steps=10, shift=3.0, window={"size": 1, "range": (0, 6)})

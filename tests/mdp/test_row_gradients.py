@@ -127,3 +127,8 @@ def test_adapters_of_a_transformer_get_the_gradient_of_the_replay(folder: Path, 
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
     whole, plain = (torch.cat([g.flatten().double() for g in part]) for part in (kept, again))
     assert torch.cosine_similarity(whole, plain, 0) > 0.9999
+
+
+def test_a_whole_net_with_other_layers_is_refused_before_it_samples(folder: Path):
+    with pytest.raises(ValueError, match="train adapters, or set retain: true"):
+        sd3_policy(folder, lora=False, retain="gradients")

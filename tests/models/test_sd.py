@@ -13,6 +13,7 @@ from rlalign.algorithms import crd, dpo, grpo, grpo_guard, kto, nft, ram
 from rlalign.algorithms.base import Algorithm
 from rlalign.algorithms.forward import TimeSettings, at_times, draw_times, likelihood
 from rlalign.mdp.noise import Noise
+from rlalign.models.base import Unusable
 from rlalign.policy import Policy
 from rlalign.types import Prompt, Size, Trajectory
 from rlalign.workers.sampler import Sampler
@@ -130,7 +131,7 @@ def test_times_are_training_times_and_their_range_is_a_share_of_them(batch: Traj
 
 def test_a_family_that_does_not_say_how_noisy_its_times_are_is_refused(policy: Policy, batch: Trajectory):
     blind = replace(batch, schedule=replace(batch.schedule, table=None))
-    with pytest.raises(ValueError, match="in the table of its schedule"):
+    with pytest.raises(Unusable, match="in the table of its schedule"):
         policy.predict_noised(blind, batch.final, torch.full((ROWS,), 0.5))
 
 
@@ -139,7 +140,7 @@ def test_kernels_of_flow_models_are_refused_where_steps_are_stochastic(folder: P
     with pytest.raises(ValueError, match=r"rollout\.kernel flow_sde is for flow-matching models.* set it to ddim"):
         Sampler(other, NOISE, "policy", keep_steps=True, shares=True)
     Sampler(other, NOISE, "policy", keep_steps=False, shares=True)
-    with pytest.raises(ValueError, match=r"rollout\.shift is for flow-matching models"):
+    with pytest.raises(Unusable, match=r"rollout\.shift is for flow-matching models"):
         other.schedule(other.settings.model_copy(update={"shift": 3.0}))
 
 
@@ -148,7 +149,7 @@ def test_the_error_is_that_of_the_noise(policy: Policy, batch: Trajectory):
     (at,) = at_times(dpo.Config(times="uniform", num_times=1), batch, NOISE, by_group=True)
     v = policy.predict_noised(batch, at.x, at.t).velocity.detach()
     torch.testing.assert_close(-likelihood(v, at, "uniform"), plain.error("policy"), rtol=1e-4, atol=1e-6)
-    with pytest.raises(ValueError, match="elbo is for flow-matching models; set it to uniform"):
+    with pytest.raises(Unusable, match="elbo is for flow-matching models; set it to uniform"):
         likelihood(v, at, "elbo")
 
 
@@ -238,7 +239,7 @@ def test_the_length_of_a_step_is_of_flow_models(policy: Policy, batch: Trajector
     steps = torch.tensor([[1], [1], [2], [2]])
     x = torch.randn(ROWS, 1, *policy.latent_shape, generator=torch.Generator().manual_seed(5))
     kept = replace(batch, steps=steps, x=x, x_next=x.clone(), log_probs=torch.zeros(ROWS, 1))
-    with pytest.raises(ValueError, match="belongs to flow-matching models"):
+    with pytest.raises(Unusable, match="belongs to flow-matching models"):
         list(algorithm.losses(other, kept, SIGN, NOISE))
     config = algorithm.config.model_copy(update={"guard_div_tau": False, "kl_form": "gaussian"})
     (loss,) = type(algorithm)(config).losses(other, kept, SIGN, NOISE)  # pyright: ignore[reportCallIssue]
