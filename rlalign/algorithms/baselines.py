@@ -91,14 +91,14 @@ class StateValue:
         return (features * weights.to(features)).sum(1)
 
     def counted(self, sample: Trajectory, residual: Tensor) -> Tensor:
-        """[N, F, F + 1]: what these rows add to the sums; residual = r - V(c) [b]."""
+        """[N, F, F + 1] on the CPU: what these rows add to the sums; residual = r - V(c) [b]."""
         total: Tensor | None = None
         for slot, x in enumerate(sample.x.unbind(1)):
-            features = pooled(x)
+            features = pooled(x).cpu()  # index_add_ of a GPU adds in no fixed order
             told = torch.cat([features, residual.to(features)[:, None]], 1)
             rows = features[:, :, None] * told[:, None]  # [b, F, F + 1]
             total = rows.new_zeros(sample.schedule.num_steps, *rows.shape[1:]) if total is None else total
-            total.index_add_(0, sample.steps[:, slot].to(rows.device), rows)
+            total.index_add_(0, sample.steps[:, slot].cpu(), rows)
         assert total is not None
         return total
 

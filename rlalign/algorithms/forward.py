@@ -223,19 +223,14 @@ def time_weight(t: Tensor, weighting: TimeWeighting) -> Tensor:
     return {"uniform": torch.ones_like(t), "t": t, "t2": t.square(), "elbo": (1 - t) / t}[weighting]
 
 
-def anchor(v: Tensor, fixed: Tensor, t: Tensor, weighting: TimeWeighting) -> Tensor:
-    """w(t) mean_D (v - v_fixed)² [b]."""
-    return time_weight(t, weighting) * mean_square(v - fixed)
-
-
 def distance(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
     """w(t) mean_D (v - v_fixed)² [b], of the noise for models that predict it."""
-    found = anchor(v, fixed, at.t, weighting)
+    found = time_weight(at.t, weighting) * mean_square(v - fixed)
     return found if at.unit is None else at.unit * found
 
 
 def penalty(v: Tensor, fixed: Tensor, at: Noised, weighting: TimeWeighting) -> Tensor:
-    """w(t) mean_D (v - v_fixed)² [b], what holds a velocity to another, in the samples that are to be held."""
+    """w(t) mean_D (v - v_fixed)² [b], what holds a velocity to the reference's, in the samples that are to be held."""
     return held(distance(v, fixed, at, weighting), at.held)
 
 
@@ -246,7 +241,7 @@ class Look:
     share: float  # of the sample's times
     likelihood: Tensor  # [b] ℓ_θ, with graph
     fixed: dict[Variant, Tensor]  # [b] ℓ under other weights
-    distances: dict[Variant, Tensor]  # [b] penalties for leaving them, with graph
+    distances: dict[Variant, Tensor]  # [b] from them, with graph; from the reference in the samples that are to be held
     held: Tensor | None = None  # [b]   what a penalty is multiplied by; None: 1
 
 
@@ -282,7 +277,8 @@ def _look(v: Tensor, fixed: dict[Variant, Tensor], at: Noised, settings: RatioSe
 
     likelihoods: dict[Variant, Tensor] = {name: own(other) for name, other in fixed.items()}
     distances: dict[Variant, Tensor] = {
-        name: penalty(v, other, at, settings.kl_weighting) for name, other in fixed.items()
+        name: (penalty if name == "reference" else distance)(v, other, at, settings.kl_weighting)
+        for name, other in fixed.items()
     }
     return Look(1 / settings.num_times, own(v), likelihoods, distances, at.held)
 

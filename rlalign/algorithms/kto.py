@@ -63,9 +63,9 @@ def thumbs(advantages: Tensor, valid: Tensor, median: bool) -> Tensor:
 
 def mean_where(values: Tensor, where: Tensor, group: Tensor) -> Tensor:
     """[b]: for each row the mean of its group's values over rows with ``where``, 0 if there is none."""
-    zeros = values.new_zeros(int(group.max()) + 1)
-    total = zeros.index_add(0, group, values * where)
-    return (total / zeros.index_add(0, group, where.to(values)).clamp(min=1))[group]
+    own, told, at = (values * where).cpu(), where.to(values).cpu(), group.cpu()  # a GPU adds in no fixed order
+    zeros = own.new_zeros(int(at.max()) + 1)
+    return (zeros.index_add(0, at, own) / zeros.index_add(0, at, told).clamp(min=1))[at].to(values)
 
 
 def kto_loss(gain: Tensor, sign: Tensor, group: Tensor, beta: float) -> tuple[Tensor, Tensor]:

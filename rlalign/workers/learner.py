@@ -132,7 +132,11 @@ class Learner:
         """What the algorithm learns beside the policy, from all ranks' rows."""
         if self.algorithm.needs.fits:
             assert isinstance(self.algorithm, Fitting)
-            counted = self.algorithm.counted(batch.take(rows).to(self.policy.device), advantages[rows])
+            counted: Tensor | None = None
+            for part in rows.split(self.policy.settings.micro_batch):
+                own = self.algorithm.counted(batch.take(part).to(self.policy.device), advantages[part])
+                counted = own if counted is None else counted + own
+            assert counted is not None
             self.group.sum([counted])
             self.algorithm.fit(counted)
 

@@ -1,5 +1,6 @@
 """AWM: the ratio of flow-matching losses, its advantages, the teacher."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,6 +86,19 @@ def test_both_anchors_pull():
         assert loss.means["teacher"].tolist() == pytest.approx([0.04] * 4)
         penalty = 3 * loss.rows - loss.means["policy_loss"]
         assert penalty.tolist() == pytest.approx([2 * 0.09 + 3 * 0.04] * 4)
+
+
+def test_what_a_sample_is_held_to_the_reference_for_is_not_the_teachers():
+    """Gates and groups that go free are for the reference; without its teacher AWM diverges."""
+    policy = moved(tilted(0.0))
+    sample, advantages = data(policy, 0, rows=4), torch.zeros(4).double()
+    settings = {"kl_weight": 2.0, "teacher_weight": 3.0, **GRID}
+    held = torch.tensor([0.0, 0.0, 4.0, 0.0]).double()
+    every = Algorithm(Config(**settings)).losses(policy, sample, advantages, Noise(0))
+    some = Algorithm(Config(**settings)).losses(policy, replace(sample, held=held), advantages, Noise(0))
+    for one, two in zip(every, some, strict=True):
+        assert (one.means["teacher"] > 0).all() and torch.equal(one.means["teacher"], two.means["teacher"])
+        assert torch.equal(two.means["kl"], held * one.means["kl"])
 
 
 def test_the_teacher_follows_and_the_start_is_taken_anew():

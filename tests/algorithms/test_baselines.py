@@ -88,6 +88,20 @@ def test_it_forgets_at_its_rate_and_counts_rows_wherever_they_are():
     assert torch.equal(whole(one, 1), value(one, 1))
 
 
+def test_a_learner_counts_states_by_micro_batches():
+    algorithm = dpok.Algorithm(dpok.Config(baseline="state"))
+    sampler, learner = small.workers(algorithm)
+    trajectories = small.sample(sampler)
+    rows, total = list[int](), Trajectory.concat(trajectories).num_rows
+    count = algorithm.counted
+    vars(algorithm)["counted"] = lambda part, advantages: rows.append(part.num_rows) or count(part, advantages)
+    advantages = algorithm.advantages(small.scored(trajectories))
+    learner.update(trajectories, advantages, 0)
+    assert rows == [8] * (total // 8)  # never the whole step, whose embeddings are repeated by row
+    whole = Trajectory.concat(trajectories).take(torch.arange(total))
+    torch.testing.assert_close(algorithm.fitted, count(whole, advantages.flatten()))
+
+
 def test_a_restored_learner_knows_its_states():
     def run(break_at: int | None) -> dict[str, Tensor]:
         def start() -> tuple[small.Sampler, small.Learner]:

@@ -12,9 +12,9 @@ from rlalign.algorithms.forward import (
     Noised,
     Ramp,
     TimeSettings,
-    anchor,
     at_times,
     beyond,
+    distance,
     draw_times,
     fixed_velocity,
     group_index,
@@ -71,9 +71,10 @@ def test_flow_sde_weight_is_one_over_twice_the_variance():
     assert torch.allclose(time_weight(t, "flow_sde"), 1 / (2 * std.square()))
 
 
-def test_an_anchor_is_a_weighted_distance():
+def test_a_distance_is_weighted():
     v, fixed = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.0, 1.0]])
-    assert anchor(v, fixed, torch.tensor([0.25]), "elbo").tolist() == pytest.approx([3 * 2.5])
+    at = Noised(v, v, torch.tensor([0.25]), v)
+    assert distance(v, fixed, at, "elbo").tolist() == pytest.approx([3 * 2.5])
 
 
 @pytest.mark.parametrize(("favour", "still"), [(1.0, [False, False, True]), (-1.0, [True, False, False])])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlalign.algorithms.forward import anchor, at_times, likelihood, mean_over_times, velocities
+from rlalign.algorithms.forward import at_times, distance, likelihood, mean_over_times, velocities
 from rlalign.algorithms.fpo import Algorithm, Config
 from rlalign.mdp.noise import Noise
 from rlalign.policy import Policy
@@ -39,7 +39,7 @@ def test_the_gradient_is_that_of_all_pairs_at_once():
     for at in at_times(config, sample, Noise(0)):
         v, fixed = velocities(policy, sample, at, ["start", "reference"])
         gains.append(likelihood(v, at, "uniform") - likelihood(fixed["start"], at, "uniform"))
-        penalties.append(anchor(v, fixed["reference"], at.t, "t"))
+        penalties.append(distance(v, fixed["reference"], at, "t"))
     rho = mean_over_times(gains).exp()
     clipped = torch.maximum(-advantages * rho, -advantages * rho.clamp(0.95, 1.05))
     (clipped + 0.3 * mean_over_times(penalties)).mean().backward()

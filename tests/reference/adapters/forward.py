@@ -11,8 +11,8 @@ from rlalign.algorithms.forward import (
     Noised,
     TimeWeighting,
     Weighting,
-    anchor,
     beyond,
+    distance,
     error,
     likelihood,
     mean_over_times,
@@ -56,7 +56,7 @@ def awm(
     policy_loss = clipped_policy_loss(rho, advantages, low, high).mean()
     loss = policy_loss
     for name, weight, weighting in penalties:
-        loss = loss + weight * anchor(v, inputs[f"{name}_model_output"], t, weighting).mean()
+        loss = loss + weight * distance(v, inputs[f"{name}_model_output"], at, weighting).mean()
     return {
         "loss": loss,
         "policy_loss": policy_loss,
@@ -92,7 +92,7 @@ def dgpo(case: Case) -> Outputs:
     still = beyond((e_old - e.detach()).exp(), advantages, p["clip_range"], p["clip_range"]) & p["clip_dsm"]
     weight = group_weight(e - compared, advantages, inputs["group"], p["dpo_beta"])
     policy_loss = (weight * advantages * torch.where(still, e.detach(), e)).mean()
-    kl = anchor(v, inputs["ref_model_output"], at.t, "uniform")
+    kl = distance(v, inputs["ref_model_output"], at, "uniform")
     kl = torch.where(still, kl.detach(), kl) if p["clip_kl"] else kl
     loss = policy_loss + p["kl_beta"] * kl.mean()
     return {"loss": loss, "dgpo_loss": policy_loss, "grad_model_output": gradient(loss, v)}
@@ -110,7 +110,7 @@ def crd(case: Case) -> Outputs:
     whole = torch.zeros_like(inputs["group"])
     losses = centred_loss(implicit, targets, whole, p["crd_beta"], form[p["crd_loss_type"]], temperature)
     policy_loss = (bound / p["crd_beta"] * losses).mean()
-    kl = anchor(v, inputs["ref_model_output"], at.t, "uniform")
+    kl = distance(v, inputs["ref_model_output"], at, "uniform")
     kl = kl * reward_adaptive(targets, p["kl_beta"]) if p["reward_adaptive_kl"] else kl
     loss = policy_loss + p["kl_beta"] * kl.mean()
     return {"loss": loss, "policy_loss": policy_loss, "r_theta": implicit, "grad_model_output": gradient(loss, v)}
