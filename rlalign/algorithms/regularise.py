@@ -203,7 +203,10 @@ def drops(algorithm: Algorithm) -> bool:
 
 
 def teaches(scores: Scores, advantages: Tensor) -> Tensor:
-    """[P, 1] bool: rewards of the group differ or, were their weights moved, advantages do."""
+    """[P, 1] bool: rewards of the group differ, or it has advantages all the same.
+
+    Those come from weights of rewards that were moved, or from a comparison with more than the group.
+    """
     return (~flat(scores.total, scores.valid) | (advantages != 0).any(1))[:, None]
 
 

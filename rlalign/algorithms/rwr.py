@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from rlalign.algorithms.advantages import GroupRelative
@@ -37,6 +37,14 @@ class Config(ForwardSettings):
     """softmax: over the group, with mean 1; exp: e^(r/T), whose scale follows the rewards'."""
     of: Literal["advantage", "reward"] = "advantage"
     """r: the advantage, so that T does not depend on the reward's scale; or the reward itself, as in the papers."""
+
+    @model_validator(mode="after")
+    def _all_groups_count(self) -> "Config":
+        if self.zero_std_groups == "drop":
+            raise ValueError(
+                "zero_std_groups: drop finds no group of rwr, whose samples all weigh something: leave it out"
+            )
+        return self
 
 
 def group_softmax(values: Tensor, valid: Tensor, temperature: float) -> Tensor:

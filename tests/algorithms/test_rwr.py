@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from rlalign.algorithms.rwr import Algorithm, Config, group_softmax
@@ -55,6 +56,12 @@ def test_invalid_rows_weigh_nothing_and_the_others_as_if_they_were_alone(kind: A
 def test_a_small_temperature_leaves_the_best():
     computed = group_softmax(torch.tensor([[1.0, 4.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool), 1e-3)
     assert computed.tolist() == [[0.0, 3.0, 0.0]]
+
+
+def test_no_group_goes_free_since_all_weigh_something():
+    assert (weights(scores([[2.0, 2.0, 2.0]])) == 1).all()
+    with pytest.raises(ValidationError, match="zero_std_groups: drop finds no group of rwr"):
+        Config(zero_std_groups="drop", kl_weight=0.1)
 
 
 # --- one exact round on N(0, 1) data: with r = a x0 the best fit is the velocity of N(a / T, 1)
