@@ -1,6 +1,8 @@
 """Fills the tables of the pages from the code: `python docs/generate.py`. A test keeps the two together.
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is overwritten.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; what is between them is overwritten. In a sentence
+`<!-- exact: FORMAT NAME of TEST -->` is followed by what the exact ladder measured under that name in the tests whose
+names begin so, with their seeds, up to `<!-- -->`.
 """
 
 import json
@@ -64,8 +66,12 @@ BLOCKS: dict[str, type[BaseModel]] = {
 MARKED = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
+NUMBER = re.compile(r"(<!-- exact: (\S+) (\S+) of (.*?) -->).*?(<!-- -->)")
+
+
 def filled(page: str) -> str:
-    """The page with its tables as the code has them."""
+    """The page with its tables as the code has them, and its numbers as they were measured."""
+    page = NUMBER.sub(lambda found: f"{found[1]}{measured(found[2], found[3], found[4])}{found[5]}", page)
     return MARKED.sub(lambda found: f"{found[1]}\n{table(found[2])}\n\n{found[3]}", page)
 
 
@@ -73,7 +79,7 @@ def table(name: str) -> str:
     own = {"metrics": metrics, "prometheus": prometheus, "comparison": comparison}
     own |= {"families": families, "families tested": families_tested, "family keys": family_keys}
     own |= {"algorithm names": algorithm_names}
-    own |= {"seeds of exact": lambda: [f"{_seeds_of(_proved())}, torch {_proved()['torch']}."]}
+    own |= {"seeds of exact": seeds_of_exact}
     for prefix, rows in (("curve ", curve), ("exact ", exact), ("rung ", rung)):
         if name.startswith(prefix):
             return "\n".join(rows(name.removeprefix(prefix)))
@@ -170,6 +176,25 @@ def rung(name: str) -> Iterator[str]:
         yield f"| `{algorithm}` | {_cell(quantity)} | {len(rows)} | {_values_of(rows)} | {_cell(bound)} |"
 
 
+def seeds_of_exact() -> Iterator[str]:
+    proved = _proved()
+    failed = "".join(f" **failed** before anything was measured: `{test}`." for test in proved["without_row"])
+    yield f"{_seeds_of(proved)}, torch {proved['torch']}.{failed}"
+
+
+def measured(form: str, name: str, test: str) -> str:
+    """The range of what was measured, in Python's format ``form``, of all seeds and all tests that begin like that."""
+    found = [told[name] for key, told in _proved()["measured"].items() if key.startswith(test) and name in told]
+    values = [float(value) for values in found for value in values.split()]
+    if not values:
+        return "**not measured**"
+    return _range(*(f"{value:{form}}".replace("%", " %").replace("-", "−") for value in (min(values), max(values))))
+
+
+def _range(low: str, high: str) -> str:
+    return low if low == high else f"{low} to {high}"
+
+
 def _proved() -> Run:
     return json.loads((DOCS / "assets" / "exact" / "results.json").read_text())
 
@@ -184,7 +209,7 @@ def _values_of(rows: list[Run]) -> str:
     values = [value for row in rows for value in row["values"]]
     told = [f"{100 * value:.2g} %" if rows[0]["percent"] else f"{value:.4g}" for value in (min(values), max(values))]
     failed = " **failed**" if any(row["outcome"] == "failed" for row in rows) else ""
-    return (told[0] if told[0] == told[1] else f"{told[0]} to {told[1]}") + failed
+    return _range(*told) + failed
 
 
 def _results(name: str) -> list[Run]:

@@ -24,6 +24,7 @@ from rlalign.types import Prompt, RewardScores, Scores, Size, Unit
 from rlalign.workers.learner import Learner
 from rlalign.workers.optimizer import OptimizerConfig
 from rlalign.workers.sampler import Sampler
+from tests.exact.conftest import proofs
 from tests.runs import call, without_pages
 from tests.tiny import sd3_folder, sd3_policy
 
@@ -80,6 +81,22 @@ def test_every_algorithm_has_a_page_and_papers_presets_a_section(name: str):
     exact, curve = (marked(page, f"{kind} {name}") for kind in ("exact", "curve"))
     assert re.search(r"^\| T\d+ \|", exact, re.MULTILINE) and "**failed**" not in exact
     assert curve
+
+
+def test_a_row_of_the_exact_ladder_is_as_good_as_the_worst_test_that_feeds_it():
+    row = {"algorithm": "grpo", "rung": "T2", "case": "c", "quantity": "q", "bound": "b", "percent": False}
+    one, two = (json.dumps({**row, "value": value}) for value in (1.0, 2.0))
+    found = proofs([("a", "passed", [one]), ("b", "failed", [two]), ("c", "failed", []), ("d", "passed", [])])
+    assert found["rows"] == [{**row, "outcome": "failed", "values": [1.0, 2.0]}]
+    assert found["without_row"] == ["c"]
+
+
+def test_numbers_in_sentences_are_those_that_were_measured():
+    test = "test_frontier.py::test_no_point_is_above_the_frontier"
+    mark = f"<!-- exact: .1f expected_kl of {test}[grpo"
+    assert filled(f"KL {mark}-1.0] -->9<!-- -->.") == f"KL {mark}-1.0] -->0.4<!-- -->."
+    assert filled(f"KL {mark} --><!-- -->") == f"KL {mark} -->0.0 to 1.4<!-- -->"
+    assert "**not measured**" in filled(f"{mark}-7.0] -->9<!-- -->")
 
 
 def marked(page: str, table: str) -> str:

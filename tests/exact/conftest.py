@@ -72,7 +72,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if "RLALIGN_EXACT_SEEDS" not in os.environ:
         return
     rows = [
-        (report.nodeid.split("exact/")[-1], outcome, report.duration, by_name(report.user_properties))
+        (test_of(report), outcome, report.duration, by_name(report.user_properties))
         for outcome in ("passed", "failed")
         for report in terminalreporter.getreports(outcome)
         if report.when == "call" and "tests/exact/" in report.nodeid
@@ -88,26 +88,40 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         Path(path).write_text(table(sorted(rows)))
         terminalreporter.line(f"written to {path}")
     if path := os.environ.get("RLALIGN_EXACT_JSON"):
-        found = [
-            (str(value), outcome)
-            for outcome in ("passed", "failed")
+        noted = [
+            (test_of(report), outcome, [str(value) for name, value in report.user_properties if name == "proof"])
+            for outcome, when in (("passed", "call"), ("failed", "call"), ("error", "setup"))
             for report in sorted(terminalreporter.getreports(outcome), key=lambda report: report.nodeid)
-            for name, value in getattr(report, "user_properties", ())
-            if name == "proof" and report.when == "call"
+            if report.when == when and "tests/exact/" in report.nodeid
         ]
-        Path(path).write_text(json.dumps(proofs(found), indent=1) + "\n")
+        numbers = {
+            test: {key: " ".join(values) for key, values in told.items()} for test, _, _, told in sorted(rows) if told
+        }
+        where = {"date": f"{date.today():%d %B %Y}", "machine": machine(), "torch": torch.__version__, "seeds": SEEDS}
+        Path(path).write_text(json.dumps({**where, **proofs(noted), "measured": numbers}, indent=1) + "\n")
         terminalreporter.line(f"written to {path}")
 
 
-def proofs(found: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Rows for the pages, from what ``proves`` noted and how the test ended."""
+def test_of(report: pytest.TestReport) -> str:
+    return report.nodeid.split("exact/")[-1]
+
+
+def proofs(noted: Sequence[tuple[str, str, Sequence[str]]]) -> dict[str, Any]:
+    """Rows for the pages, from tests, how they ended and what ``proves`` noted in them.
+
+    A row is as good as the worst test that feeds it; tests that failed before they had any to feed stand by themselves.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    for text, outcome in found:
-        noted = json.loads(text)
-        value = noted.pop("value")
-        rows.setdefault(json.dumps(noted), {**noted, "outcome": outcome, "values": []})["values"].append(value)
-    told = {"date": f"{date.today():%d %B %Y}", "machine": machine(), "torch": torch.__version__, "seeds": SEEDS}
-    return {**told, "rows": sorted(rows.values(), key=lambda row: (int(row["rung"][1:]), row["algorithm"]))}
+    for _, outcome, notes in noted:
+        for note in map(json.loads, notes):
+            value = note.pop("value")
+            row = rows.setdefault(json.dumps(note), {**note, "outcome": "passed", "values": []})
+            row["values"].append(value)
+            row["outcome"] = row["outcome"] if outcome == "passed" else "failed"
+    return {
+        "rows": sorted(rows.values(), key=lambda row: (int(row["rung"][1:]), row["algorithm"])),
+        "without_row": [test for test, outcome, notes in noted if outcome != "passed" and not notes],
+    }
 
 
 Row = tuple[str, str, float, dict[str, list[str]]]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlalign.algorithms.base import Algorithm
+from rlalign.algorithms.regularise import weight_of
 from rlalign.mdp.noise import Noise
 from rlalign.mdp.schedule import plain_sigmas
 from rlalign.policy import Policy, RolloutConfig
@@ -206,7 +207,7 @@ def pushed(
 ) -> tuple[float, Means]:
     """Leaves the gradient of the mean loss; that loss, and metrics: means over times and rows, weighed by A²."""
     count = len(advantages)
-    if algorithm.needs.silent_zero:  # as the learner does
+    if algorithm.needs.silent_zero and weight_of(algorithm) == 0:  # as the learner does
         loud = advantages.nonzero().flatten()
         batch, advantages = batch.take(loud), advantages[loud]
     shares = advantages.square() / advantages.square().sum()

@@ -23,7 +23,7 @@ from rlalign.types import Trajectory
 from tests.algorithms.chains import SHIFT, WEIGHT, weight
 
 from .conftest import Proof
-from .mixture import Plain, backward, sample
+from .mixture import Plain, backward, pushed, sample
 from .training import Budget
 
 BETA, STD, LEVELS, TOLERANCE = 2.0, 0.9225, 16, 0.03
@@ -152,6 +152,18 @@ def test_on_its_own_samples_every_method_has_this_gradient(name: str, measured: 
                 config_name(name), "T4", name, "gradient against RVM's, on its own samples", float(off), "below 1e-12"
             )
         assert off < 1e-12
+
+
+def test_where_nothing_is_preferred_the_penalty_is_felt():
+    """Groups of equal rewards are not left out: the gradient is that of the anchor alone, which is the learner's."""
+    policy = make()
+    policy.keep("old")
+    with torch.no_grad():
+        weight(policy).add_(0.1)
+    batch = drawn(policy, 40, torch.Generator().manual_seed(1))
+    total, _ = pushed(policy, rvm.Algorithm(METHODS["rvm"](BETA)), batch, torch.zeros(40).double(), Plain(1))
+    gradient = policy.parameters[WEIGHT].grad
+    assert total > 0 and gradient is not None and gradient.any()
 
 
 def config_name(method: str) -> str:
