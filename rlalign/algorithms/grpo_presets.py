@@ -42,7 +42,7 @@ _FLASH: dict[str, Any] = {"kernel": "flash_sde", "window": {"size": 1, "range": 
 
 
 def _method(rollout: dict[str, Any], **algorithm: Any) -> dict[str, Any]:
-    """What a paper does differently, for any model and number of images."""
+    """What a paper does differently, for any flow-matching model and number of images."""
     return {"rollout": rollout, "algorithm": {"name": "grpo", **algorithm}}
 
 

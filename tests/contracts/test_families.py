@@ -285,12 +285,12 @@ def test_ratio_on_policy(case: Case, folder: Path, dtype: torch.dtype, record_pr
     short = str(dtype).removeprefix("torch.")
     note(record_property, case.module, **{f"{short}_same_shape": alike, f"{short}_row_by_row": alone})
     assert alike == 0
-    assert alone < float("inf")
+    assert alone < (0.5 if half else 1e-3)
     if half:
         exact = case.load(folder)
         away = deviation(Policy(exact, settings, with_lora(exact), lora=True), in_float32(whole))
         note(record_property, case.module, bfloat16_under_float32=away)
-        assert 0 < away < float("inf")
+        assert 0 < away < (0.1 if sample.schedule.is_flow else 2)  # where steps have little noise, ratios may go to 0
 
 
 def deviation(policy: Policy, part: Trajectory) -> float:

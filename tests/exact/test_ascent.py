@@ -150,15 +150,10 @@ def test_gradients_through_the_sampler(name: str, seeds: tuple[int, ...], measur
     for seed in seeds:
         policy, batch = setup(seed)
         chain = Chain(policy, batch)
-        distance = off(gradient_of(algorithm, policy, batch), expected(chain, policy, batch))
+        distance = off(gradient(algorithm, policy, batch), expected(chain, policy, batch))
         measured(off=distance)
         proves(names, "T1", name, "distance of the gradient to the closed form", distance, "below 1e-5")
         assert distance < CLOSE
-
-
-def gradient_of(algorithm: RewardGradient, policy: Policy, batch: Trajectory) -> Tensor:
-    """Of every row of the batch."""
-    return gradient(algorithm, policy, batch)
 
 
 @pytest.mark.parametrize(
@@ -172,6 +167,6 @@ def gradient_of(algorithm: RewardGradient, policy: Policy, batch: Trajectory) ->
 def test_another_gradient_is_noticed(name: str, wrong: Callable[[Chain], Tensor], measured: Callable[..., None]):
     _, algorithm, _ = METHODS[name]
     policy, batch = setup(0)
-    distance = off(gradient_of(algorithm, policy, batch), wrong(Chain(policy, batch)))
+    distance = off(gradient(algorithm, policy, batch), wrong(Chain(policy, batch)))
     measured(distance=distance)
     assert distance > 1000 * CLOSE
