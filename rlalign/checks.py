@@ -110,7 +110,7 @@ def _no_such_reward(config: "RunConfig", gate: Sequence[str]) -> Iterator[str]:
         if unknown := sorted({*names} - {*trained}):
             told = did_you_mean(unknown[0], trained)
             yield f"algorithm.{key} names {unknown[0]!r}, and no reward with role train is called that{told}"
-    if {*gate} >= {*trained}:
+    if gate and {*gate} >= {*trained}:
         yield "algorithm.penalty.gate names all rewards with role train; leave out those that are trained"
 
 
