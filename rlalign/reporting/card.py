@@ -45,7 +45,7 @@ class Exported:
 
 def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
     """Writes the card and its picture, and says which files; ValueError where another card would be lost."""
-    run, picture = RunDir(run_dir), card.with_name("reward.png" if card.name == "README.md" else f"{card.stem}.png")
+    run, picture = RunDir(run_dir), picture_of(card)
     require_ours(card)
     info, config = run.read_info(), run.read_config()
     rows = read(run.metrics) if run.metrics.exists() else []
@@ -83,10 +83,17 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
     return [card, picture] if drawn else [card]
 
 
-def require_ours(card: Path) -> None:
-    """ValueError where the file is there and no export wrote it."""
-    if card.exists() and MARK not in card.read_text(errors="replace"):
-        raise ValueError(f"{card} is there already, and rlalign did not write it; name another place with --to")
+def picture_of(card: Path) -> Path:
+    """Where its picture lies."""
+    return card.with_name("reward.png" if card.name == "README.md" else f"{card.stem}.png")
+
+
+def require_ours(card: Path, *others: Path) -> None:
+    """ValueError where the card is there and no export wrote it, or ``others`` of an export without their card."""
+    ours = card.exists() and MARK in card.read_text(errors="replace")
+    for path in (card, *others):
+        if path.exists() and not ours:
+            raise ValueError(f"{path} is there already, and rlalign did not write it; name another place with --to")
 
 
 def remarks(rewards: Sequence[Mapping[str, Any]], held_out: Mapping[str, Series], alarms: Sequence[str]) -> list[str]:
