@@ -385,6 +385,19 @@ def test_no_space_left_for_anything_else(
     check(call(capsys, "train", "run.yaml"), ("samples/step_000000.png: No space left on device",))
 
 
+@pytest.mark.parametrize(
+    "arguments", [["train", "run.yaml"], ["plan", "run.yaml", "--measure"], ["sample", "run.yaml", "--prompt", "a"]]
+)
+def test_a_gpu_without_room_for_the_model(
+    arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("rlalign.build.load_family", full)
+    check(call(capsys, *arguments), ("model.memory", "rlalign plan"))
+
+
 # --- what is not bad input
 
 
