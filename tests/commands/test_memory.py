@@ -1,9 +1,7 @@
 """plan counts memory by role, from configs alone where there are no weights, and names what would make it fit."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,38 +12,17 @@ from rlalign.commands.memory import Account, Facts, accounts
 from rlalign.commands.plan import measure_kept
 from rlalign.config import RunConfig, load
 from rlalign.models import sizes
+from tests.published import FLUX, published
 from tests.runs import call
 from tests.tiny import sd3_folder
 
 GIB = 2**30
-CONFIGS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "transformer": (
-        ["diffusers", "FluxTransformer2DModel"],
-        {"guidance_embeds": True, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "patch_size": 1}
-        | {"attention_head_dim": 128, "num_attention_heads": 24},
-    ),
-    "vae": (
-        ["diffusers", "AutoencoderKL"],
-        {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16, "layers_per_block": 2}
-        | {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
-    ),
-    "text_encoder_2": (
-        ["transformers", "T5EncoderModel"],
-        {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
-        | {"feed_forward_proj": "gated-gelu"},
-    ),
-}
-"""FLUX.1-dev as published, CLIP left out."""
 
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    for part, (_, config) in CONFIGS.items():
-        (folder / "flux" / part).mkdir(parents=True)
-        (folder / "flux" / part / "config.json").write_text(json.dumps(config))
-    index = {part: names for part, (names, _) in CONFIGS.items()}
-    (folder / "flux" / "model_index.json").write_text(json.dumps(index))
+    published(folder / "flux", FLUX)
     (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
     run = {
         "model": {"family": "flux", "path": "flux", "dtype": "bfloat16", "lora": {"rank": 32}},
