@@ -134,6 +134,30 @@ def test_the_advice_is_what_makes_it_fit(flux: Path, model: sizes.Model, gpu: fl
     assert accounts(short, Facts(short, model))[""].total > gpu * GIB
 
 
+COLOCATED = ("runtime=ray", "runtime.placement=colocated")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model={family: sd3, train: [transformer, text_encoder]}"],
+        ["algorithm=draft", "rewards.0=saturation"],
+        ["rollout.retain=true"],
+        ["runtime.samplers=2"],
+        [*COLOCATED, "runtime.transport=collective"],
+        [*COLOCATED, "runtime.max_staleness=1"],
+        [*COLOCATED, "runtime={learners: 2, samplers: 2}", "model.lora=null"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_advised_is_not_refused(flux: Path, model: sizes.Model, overrides: list[str]):
+    facts = Facts(load(flux, overrides), model)
+    for role in accounts(facts.config, facts):
+        said = re.findall(r"(\S+)=(\S+) \(about", advice(facts, role, 10 * GIB))
+        for number in range(len(said)):
+            load(flux, [*overrides, *(f"{key}={value}" for key, value in said[: number + 1])])
+
+
 def test_what_nothing_makes_fit(flux: Path, model: sizes.Model):
     assert "still too much" in advice(Facts(load(flux), model), "", 10 * GIB)
 
