@@ -6,7 +6,7 @@ small, or when asked for.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -191,8 +191,13 @@ def measure_kept(config: RunConfig, policy: Policy) -> Kept:
     most = 0
     for bytes_kept in _saved_by_each_loss(policy, algorithm, sample, weights):
         most = max(most, bytes_kept)
-    tensors = [t for t in (sample.x, sample.x_next, sample.final, *sample.cond.values()) if t is not None]
-    return Kept(most // sample.num_rows, sum(t.nbytes for t in tensors) // sample.num_rows)
+    latents = (sample.x, sample.x_next, sample.final)
+    embeddings = [*sample.cond.values(), *(sample.uncond or {}).values()]  # here one for each row
+    return Kept(*(found // sample.num_rows for found in (most, _num_bytes(latents), _num_bytes(embeddings))))
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory, weights: set[int]) -> Iterator[int]:

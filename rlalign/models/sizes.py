@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,11 @@ def found(path: str) -> Path | None:
     if path.count("/") != 1 or Path(path).is_absolute():
         return None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (HFValidationError, LocalEntryNotFoundError):
         return None
 
 
@@ -156,10 +157,19 @@ def _headers(folder: Path) -> dict[str, list[int]]:
     for path in sorted(folder.glob("*.safetensors")):
         if ".fp16." in path.name:
             continue  # the same weights once more
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        shapes |= {name: entry["shape"] for name, entry in _header(path).items() if name != "__metadata__"}
     return shapes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        length = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else 0
+        if 0 < length <= path.stat().st_size - 8:
+            with suppress(ValueError):
+                return json.loads(file.read(length))
+    pointer = ", but what git-lfs leaves in its place: run git lfs pull there" if beginning == b"version " else ""
+    raise ValueError(f"{path} is no whole file of safetensors{pointer}")
 
 
 def _on_meta(library: str, name: str, folder: Path) -> dict[str, list[int]] | None:

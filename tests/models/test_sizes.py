@@ -42,6 +42,25 @@ def test_configs_tell_as_much_as_weights(tmp_path: Path, folder: Path):
 def test_what_is_no_pipeline_and_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sizes.read(tmp_path) is None and sizes.found(str(tmp_path)) == tmp_path
     assert sizes.found("nobody/has-this") is None and sizes.found("/nowhere/at-all") is None
+    assert sizes.found("my models/flux") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
+        (b"", "no whole file"),
+        (b'\x40\0\0\0\0\0\0\0{"a": {', "no whole file"),
+        (b'\x03\0\0\0\0\0\0\0{"a', "no whole file"),
+    ],
+    ids=["git-lfs", "empty", "cut", "not JSON"],
+)
+def test_weights_that_are_not_whole_are_named(content: bytes, words: str, tmp_path: Path):
+    folder = sd3_folder(tmp_path)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} .*{words}"):
+        sizes.read(folder)
 
 
 def test_a_class_that_no_library_has_is_unknown(tmp_path: Path):
