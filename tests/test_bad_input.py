@@ -55,6 +55,7 @@ COMMANDS = [
     Case("unknown weights", ("export", ".", "--to", "lora", "--weights", "best"), ("--weights", "policy", "ema")),
     Case("unknown reward shown", ("rewards", "show", "sharpnes"), ("sharpnes", "did you mean 'sharpness'")),
     Case("sample no prompts", ("sample", "zoo:scenes"), ("--prompt",)),
+    Case("sample no pipeline", ("sample", ".", "--prompt", "a"), ("no pipeline of diffusers", "model_index.json")),
     Case("unknown zoo model", ("sample", "zoo:scene", "--prompt", "a"), ("zoo:scene", "did you mean 'scenes'")),
     Case("latents missing", ("sample", "run.yaml", "--latents", "l.safetensors"), ("no file l.safetensors",)),
     Case(
