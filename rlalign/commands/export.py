@@ -13,9 +13,12 @@ from rlalign.files import in_words
 from rlalign.models.lora import LORA_FILE, save_lora
 from rlalign.models.single_file import readable_net, save_single_lora, save_single_net
 from rlalign.paths import ZOO, model_path
+from rlalign.prompts import read
+from rlalign.prompts.matching import shared
 from rlalign.reporting.card import Exported, picture_of, require_ours, write_card
 
 SUFFIX = ".safetensors"
+UNSEEN = "prompts that were never trained on"
 WHAT = {
     "lora": "A LoRA",
     "pipeline": "The whole pipeline",
@@ -125,7 +128,18 @@ def _exported(wish: Wish, config: RunConfig, kind: str, model: Trained, file: Pa
         about=(config.algorithm_module.__doc__ or "").strip().partition("\n")[0],
         base=base.name if base.on_hub else None,
         base_folder=base.folder,
+        heldout=_heldout(config),
     )
+
+
+def _heldout(config: RunConfig) -> str:
+    """What is known of the held-out prompts: where they still are to be read, how many of them were trained on."""
+    try:
+        heldout, train = (read(config.prompts, part).prompts for part in ("heldout", "train"))
+    except (ValueError, OSError):
+        return "held-out prompts"
+    seen = len(shared(heldout, train))
+    return f"held-out prompts, of which {seen} of {len(heldout)} were trained on" if seen else UNSEEN
 
 
 def _use(wish: Wish, kind: str, base: "Base", model: Trained, file: Path, place: str) -> str:

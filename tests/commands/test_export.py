@@ -105,6 +105,21 @@ def test_a_base_model_of_the_hub_is_named_as_the_hub_names_it(
     assert "from_pretrained('acme/tiny-sd3')" in code(here / "lora" / "README.md")
 
 
+def test_the_card_says_which_held_out_prompts_were_trained_on(here: Path, capsys: Capture):
+    sd3(here, capsys)
+
+    def said() -> str:
+        call(capsys, "export", "runs/run", "--to", "lora")
+        (found,) = re.findall(r"\nOn (.*), from the same noise", (here / "lora" / "README.md").read_text())
+        return found
+
+    assert said() == "prompts that were never trained on"
+    (here / "heldout.txt").write_text((here / "train.txt").read_text().splitlines()[0] + "\nanother\n")
+    assert said() == "held-out prompts, of which 1 of 2 were trained on"
+    (here / "train.txt").unlink()
+    assert said() == "held-out prompts"
+
+
 def test_beside_a_file_the_card_is_called_as_it_is(here: Path, capsys: Capture):
     sd3(here, capsys)
     (here / "README.md").write_text("my project")
