@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from rlalign import checkpoint
 from rlalign.commands.export import Wish, export
 from rlalign.commands.problems import BadInput
 from rlalign.commands.push import hub_for, push
@@ -245,6 +246,19 @@ def test_the_lines_of_the_card_load_the_pipeline(here: Path, capsys: Capture):
     assert isinstance(pipe, DiffusionPipeline) and shown(here / "whole" / "README.md")["tags"][0] == "rlalign"
     merged = {name.replace(".base_layer", "") for name in model.policy.family.nets["transformer"].state_dict()}
     assert pipe.transformer.state_dict().keys() == {name for name in merged if "lora_" not in name}
+
+
+def test_moments_are_not_read(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    sd3(here, capsys)
+    read, names = checkpoint.read_part, set[str]()
+
+    def noted(*given: Any, **more: Any) -> Any:
+        state = read(*given, **more)
+        names.update(name.partition("/")[0] for name in state.tensors)
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_part", noted)
+    assert trained(Path("runs/run"), config_of_run(Path("runs/run"))).weights == "policy" and names == {"policy"}
 
 
 # --- one file
