@@ -71,9 +71,10 @@ def export(wish: Wish, hub: Hub | None = None) -> int:
     print(f"weights      {model.weights} after {model.step} updates")
     print(f"written      {file}")
     print(f"model card   {' and '.join(map(str, files))}")
-    here = _use(wish, kind, Base.of(config.model.path), model, file, str(file.parent))
-    last = f"model.path {file} in a run file, or what the card says" if kind == "pipeline" else here
-    print(f"to use it    {last.splitlines()[-1]}")
+    here = f"model.path {file} in a run file, or what the card says"
+    if kind != "pipeline":
+        here = _use(wish, kind, Base.of(config.model.path), model, file, str(file.parent))
+    print(f"to use it    {here.splitlines()[-1]}")
     if wish.push and hub:
         with in_preparation():
             address = push(wish.to, wish.push, wish.public, hub)
