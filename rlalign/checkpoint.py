@@ -28,7 +28,7 @@ from uuid import uuid4
 
 import torch
 from pydantic import PositiveInt, ValidationError
-from safetensors.torch import load_file
+from safetensors import safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
@@ -125,23 +125,29 @@ def load(path: Path, without: str | None = None) -> State:
     return State(tensors, values)
 
 
-def read_part(path: Path, name: str, like: Mapping[str, Tensor] | None = None) -> State:
+def read_part(path: Path, name: str, like: Mapping[str, Tensor] | None = None, only: str = "") -> State:
     """A part that ``write_part`` or ``write_sharded`` wrote, of a checkpoint that is known to be sound.
 
     On the CPU, and whole but where ``like`` has a sharded tensor under the name: then only this rank's part is read.
+    Of the tensors those whose names within the part begin with ``only``.
     """
-    tensors = _read_tensors(path, name, {f"{name}/{key}": tensor for key, tensor in (like or {}).items()})
+    tensors = _read_tensors(path, name, {f"{name}/{key}": tensor for key, tensor in (like or {}).items()}, only)
     return State(State(tensors).part(name).tensors, json.loads((path / f"{name}.json").read_bytes()))
 
 
-def _read_tensors(path: Path, name: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _read_tensors(path: Path, name: str, like: Mapping[str, Tensor], only: str = "") -> dict[str, Tensor]:
     if (path / name).is_dir():
-        return sharding.load(path / name, f"{name}/", like)
+        return sharding.load(path / name, f"{name}/{only}", like)
     if like:
-        return sharding.load(path, f"{name}/", like)
+        return sharding.load(path, f"{name}/{only}", like)
     file = path / f"{name}.safetensors"
+    if not file.exists():
+        return {}
     # Cloned: the file is mapped into memory, and may be pruned while the state is still in use.
-    return {key: tensor.clone() for key, tensor in load_file(file).items()} if file.exists() else {}
+    with safe_open(file, "pt") as tensors:
+        names: list[str] = tensors.keys()
+        wanted = [key for key in names if not only or key.startswith(f"{name}/{only}")]
+        return {key: tensors.get_tensor(key).clone() for key in wanted}
 
 
 def latest(folder: Path, config_hash: str | None = None) -> tuple[int, Path] | None:

@@ -55,6 +55,7 @@ COMMANDS = [
     Case("unknown weights", ("export", ".", "--to", "lora", "--weights", "best"), ("--weights", "policy", "ema")),
     Case("unknown reward shown", ("rewards", "show", "sharpnes"), ("sharpnes", "did you mean 'sharpness'")),
     Case("sample no prompts", ("sample", "zoo:scenes"), ("--prompt",)),
+    Case("sample no pipeline", ("sample", ".", "--prompt", "a"), ("no pipeline of diffusers", "model_index.json")),
     Case("unknown zoo model", ("sample", "zoo:scene", "--prompt", "a"), ("zoo:scene", "did you mean 'scenes'")),
     Case("latents missing", ("sample", "run.yaml", "--latents", "l.safetensors"), ("no file l.safetensors",)),
     Case(
@@ -398,6 +399,19 @@ def test_no_space_left_for_anything_else(
 
     monkeypatch.setattr("rlalign.reporting.recorder.save_grid", full)
     check(call(capsys, "train", "run.yaml"), ("samples/step_000000.png: No space left on device",))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["train", "run.yaml"], ["plan", "run.yaml", "--measure"], ["sample", "run.yaml", "--prompt", "a"]]
+)
+def test_a_gpu_without_room_for_the_model(
+    arguments: list[str], here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("rlalign.build.load_family", full)
+    check(call(capsys, *arguments), ("model.memory", "rlalign plan"))
 
 
 # --- what is not bad input

@@ -195,6 +195,18 @@ def test_parts_that_others_write_belong_to_it(tmp_path: Path) -> None:
     assert fault(path) == "learner.json is missing"
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+def test_some_of_a_part_can_be_read_alone(sharded: bool, tmp_path: Path) -> None:
+    part = State({"policy/w": torch.arange(3.0), "optimizer/w/exp_avg": torch.zeros(3)}, {"updates": 5})
+    write_part(tmp_path, "learner", part)
+    if sharded:  # as several ranks leave it
+        (tmp_path / "learner").mkdir()
+        (tmp_path / "learner.safetensors").rename(tmp_path / "learner" / "shard-00001-model-00001-of-00001.safetensors")
+    found = read_part(tmp_path, "learner", only="policy/")
+    assert found.tensors.keys() == {"policy/w"} and torch.equal(found.tensors["policy/w"], part.tensors["policy/w"])
+    assert not read_part(tmp_path, "learner", only="ema/").tensors
+
+
 def test_what_others_say_they_wrote_has_to_be_there(tmp_path: Path) -> None:
     put(tmp_path, 8)
     elsewhere = {"learner.json": FileRecord(bytes=2, sha256="0" * 64)}

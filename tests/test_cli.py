@@ -333,6 +333,11 @@ def test_report_can_be_written_again(trained: Done, capsys: Capture):
             "4 passes",
             "2 passes with gradient and 2 without",
         ),
+        (
+            ["rewards.0=saturation", "algorithm={name: draft, last_steps: 2}"],
+            "4 passes",
+            "2 passes with gradient and 2",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -1,14 +1,14 @@
 """What plan says of memory: the account of each role, and the settings that would make it fit, cheapest first."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlalign import machine
-from rlalign.build import make_algorithm
 from rlalign.commands.memory import Facts, accounts, gib, weights_of
-from rlalign.config import RunConfig
+from rlalign.config import RunConfig, resolve
 from rlalign.models.lora import LoraConfig
 
 
@@ -56,7 +56,7 @@ def advice(facts: Facts, role: str, available: float) -> str:
         if key == "rollout.micro_batch":
             value = _rows_that_fit(config, facts, role, available)
         changed = with_key(config, key, value)
-        if _total(changed, facts, role) < 0.99 * total:
+        if _total(changed, facts, role) < 0.99 * total and _is_allowed(changed):
             config = changed
             said.append(f"{key}={_spelled(value)} (about {gib(_total(config, facts, role))})")
     fits = _total(config, facts, role) <= available
@@ -66,25 +66,30 @@ def advice(facts: Facts, role: str, available: float) -> str:
 
 
 def _remedies(facts: Facts) -> Iterator[tuple[str, Any]]:
-    """What costs least first."""
+    """What costs least first, whether the run's other settings allow it or not."""
     config = facts.config
-    if not config.rollout.retain:
-        yield "model.memory.gradient_checkpointing", True
+    yield "model.memory.gradient_checkpointing", True
     yield "model.memory.vae_slicing", True
     if config.model.dtype in ("float32", "float64"):
         yield "model.dtype", "bfloat16"
-    alone = config.runtime.kind == "ray" or (config.runtime.samplers == 1 and not config.runtime.max_staleness)
-    if alone and facts.model is not None:
+    if facts.model is not None:
         yield "model.memory.offload", ["text_encoders"]
-        if not make_algorithm(config).needs.reward_gradient:
-            yield "model.memory.offload", ["text_encoders", "vae"]
-    if config.runtime.placement == "colocated" and not config.runtime.max_staleness:
+        yield "model.memory.offload", ["text_encoders", "vae"]
+    if config.runtime.placement == "colocated":
         yield "runtime.offload_idle", True
     yield "rollout.micro_batch", None
-    if config.model.lora is not None or config.runtime.learners == 1:
-        yield "optimizer.kind", "adamw8bit"
+    yield "optimizer.kind", "adamw8bit"
     if config.model.lora is None:
         yield "model.lora", LoraConfig()
+
+
+def _is_allowed(config: RunConfig) -> bool:
+    """Whether a run file may say so."""
+    try:
+        resolve(config.tree(), Path(), "plan")
+    except ValueError:
+        return False
+    return True
 
 
 def _rows_that_fit(config: RunConfig, facts: Facts, role: str, available: float) -> int:

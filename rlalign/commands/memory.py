@@ -47,10 +47,11 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Kept:
-    """Bytes that one row keeps: for the backward pass of a micro-batch, and in the trajectories of a step."""
+    """Bytes that one row keeps for the backward pass of a micro-batch, and one row and one prompt in a step's batch."""
 
     activations: int
     trajectory: int
+    embeddings: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,8 @@ class Facts:
         return config.model.train or next(([name] for name in DENOISERS if name in self.parts), [])
 
     def trained(self, config: RunConfig) -> int:
-        if self.policy is not None and config.model == self.config.model:
+        own = self.config.model
+        if self.policy is not None and (config.model.lora, config.model.train) == (own.lora, own.train):
             return sum(parameter.numel() for parameter in self.policy.parameters.values())
         if self.model is None:
             return 0
@@ -123,13 +125,17 @@ def _of_learner(config: RunConfig, facts: Facts) -> Account:
     trained, images = facts.trained(config), rollout.prompts_per_step * rollout.samples_per_prompt
     cut = 1 if lora else ranks
     weights = {p: size / (cut if p in facts.nets(config) else 1) for p, size in weights_of(config, facts).items()}
-    trajectories = facts.kept.trajectory * images / ranks if facts.kept else 0
+    kept = facts.kept.trajectory * images + facts.kept.embeddings * rollout.prompts_per_step if facts.kept else 0
     stays = {
         "weights": sum(weights.values()),
         "training state": trained * _state_bytes(config) / cut,
-        "trajectories of a step": trajectories,
+        "trajectories of a step": kept / ranks,
     }
-    return Account(stays, {"activations of a micro-batch": (facts.activations(config) or 0) * rollout.micro_batch})
+    passes = {
+        "activations of a micro-batch": (facts.activations(config) or 0) * rollout.micro_batch,
+        "gradients in float32": 0 if lora or itemsize(config) != 2 else 2 * trained / cut,  # what masters need beyond
+    }
+    return Account(stays, passes)
 
 
 def _state_bytes(config: RunConfig) -> float:

@@ -6,7 +6,7 @@ small, or when asked for.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -156,12 +156,19 @@ def count_passes(config: RunConfig, algorithm: Algorithm) -> Passes:
 def _sample(policy: Policy, algorithm: Algorithm, config: RunConfig) -> Trajectory:
     """A micro-batch as the learner gets it."""
     noise = Noise(0)
+    if algorithm.needs.reward_gradient:
+        vars(algorithm)["reward"] = _stand_in_reward
     Learner(policy, algorithm, noise, config.optimizer, config.ema)  # keeps the copies that the losses need
     unit = Unit(0, (0,), (stand_in("a", policy.size),), ROWS * config.rollout.chain_rows)
     needs = algorithm.needs
     sampler = Sampler(policy, noise, algorithm.sample_with, needs.trajectory, shares=True, keep_uncond=needs.uncond)
     trajectory, _ = sampler.sample(unit, policy.settings if policy.settings.source == "data" else None)
     return trajectory.take(torch.arange(trajectory.num_rows))
+
+
+def _stand_in_reward(images: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+    """[B] with a graph, of no network: what rewards keep is not known here."""
+    return images.flatten(1).mean(1)
 
 
 # --- memory
@@ -184,8 +191,13 @@ def measure_kept(config: RunConfig, policy: Policy) -> Kept:
     most = 0
     for bytes_kept in _saved_by_each_loss(policy, algorithm, sample, weights):
         most = max(most, bytes_kept)
-    tensors = [t for t in (sample.x, sample.x_next, sample.final, *sample.cond.values()) if t is not None]
-    return Kept(most // sample.num_rows, sum(t.nbytes for t in tensors) // sample.num_rows)
+    latents = (sample.x, sample.x_next, sample.final)
+    embeddings = [*sample.cond.values(), *(sample.uncond or {}).values()]  # here one for each row
+    return Kept(*(found // sample.num_rows for found in (most, _num_bytes(latents), _num_bytes(embeddings))))
+
+
+def _num_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
 
 
 def _saved_by_each_loss(policy: Policy, algorithm: Algorithm, sample: Trajectory, weights: set[int]) -> Iterator[int]:

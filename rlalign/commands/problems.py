@@ -16,6 +16,8 @@ class BadInput(Exception):
 @contextmanager
 def in_preparation() -> Iterator[None]:
     """Reading, checking, loading and building: a ValueError that our own code raised is the user's to put right."""
+    import torch
+
     from rlalign.runtime.pool import WorkerFailure
 
     try:
@@ -24,6 +26,11 @@ def in_preparation() -> Iterator[None]:
         raise BadInput(_refused(error)) from error
     except WorkerFailure as error:
         raise BadInput(_one_line(error)) from error
+    except torch.OutOfMemoryError as error:
+        raise BadInput(
+            "the GPU has no room for the model; `rlalign plan` counts what it takes and names settings of model.memory "
+            "that make it fit"
+        ) from error
     except ValueError as error:
         if not _raised_by_us(error):
             raise

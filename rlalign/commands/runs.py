@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
 from rlalign import checkpoint, runfile
 from rlalign.build import load_policy
 from rlalign.config import RunConfig, find, load, resolve
@@ -48,11 +50,15 @@ def newest(folder: Path) -> tuple[int, Path]:
 def trained(folder: Path, config: RunConfig, wanted: Weights | None = None) -> Trained:
     """The run's model with ``wanted`` weights: the average if one is kept, else the policy, unless said otherwise."""
     step, path = newest(folder)
-    state = checkpoint.read_part(path, checkpoint.LEARNER)
-    kept = state.part("ema").tensors
+    kept = {} if wanted == "policy" else _read(path, "ema")
     if wanted == "ema" and not kept:
         raise ValueError(f"{folder} keeps no ema; use --weights policy, or train with ema={{decay: 0.9, every: 8}}")
-    weights: Weights = wanted or ("ema" if kept else "policy")
+    weights: Weights = "ema" if kept else "policy"
     policy = load_policy(config)
-    policy.load(weights, state.part(weights).tensors)
+    policy.load(weights, kept or _read(path, "policy"))
     return Trained(policy, weights, step)
+
+
+def _read(path: Path, weights: Weights) -> dict[str, Tensor]:
+    """Without moments and masters, which take several times as much."""
+    return checkpoint.read_part(path, checkpoint.LEARNER, only=f"{weights}/").part(weights).tensors

@@ -95,6 +95,8 @@ def _config_of_model(path: str, overrides: Sequence[str]) -> RunConfig:
     """A bare model in the diffusers layout: the blocks that training would need are there in form only."""
     folder = Path(model_path(path))
     index = _json(folder / "model_index.json")
+    if not index:
+        raise ValueError(f"{path} is no pipeline of diffusers: it has no model_index.json; nor is it a run's folder")
     nets = [_json(folder / net / "config.json") for net in ("transformer", "unet")]
     side = next((net["sample_size"] for net in nets if isinstance(net.get("sample_size"), int)), 64)
     stages = len(_json(folder / "vae/config.json").get("block_out_channels", [0] * 4))

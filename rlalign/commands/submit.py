@@ -119,10 +119,16 @@ def _in_words(attempt: str, fate: Fate) -> str:
 def planned(wish: Wish) -> Plan:
     """ValueError or BadInput for what can be told before anything is sent."""
     path = find(wish.run_file)
-    load(path, wish.overrides)
+    config = load(path, wish.overrides)
     name, address = _name(wish), _address(wish)
     run_dir = _run_dir(wish, name, address)
     folder, run_file = _uploaded(wish, path)
+    kept = config.model.memory.embeddings
+    if folder is not None and kept is not None and kept.resolve().is_relative_to(folder):
+        raise BadInput(
+            f"model.memory.embeddings is {kept}, inside the folder that is uploaded: every machine would have its own, "
+            "and none would outlive the job; name one that the machines share"
+        )
     command = ["python", "-m", "rlalign", "train", run_file, "runtime.kind=ray", *wish.overrides]
     excludes = [*NEVER_UPLOADED, *wish.exclude]
     if folder is not None and run_dir.is_relative_to(folder):

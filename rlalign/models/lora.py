@@ -9,6 +9,7 @@ from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -109,8 +110,8 @@ def reference_weights(nets: Mapping[str, nn.Module]) -> Iterator[None]:
 
 
 def merged(nets: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """The nets, those with adapters as copies that have them in their weights, as before ``attach``."""
-    return {name: _merged(deepcopy(net)) if hasattr(net, "peft_config") else net for name, net in nets.items()}
+    """The nets, those with adapters as copies on the CPU that have them in their weights, as before ``attach``."""
+    return {name: _merged(_copied(net)) if hasattr(net, "peft_config") else net for name, net in nets.items()}
 
 
 def save_lora(
@@ -156,6 +157,15 @@ def _freeze(nets: Mapping[str, nn.Module], names: Sequence[str]) -> None:
 def _trainable(nets: Mapping[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Parameter]:
     found = {f"{name}.{key}": p for name in names for key, p in nets[name].named_parameters() if p.requires_grad}
     return dict(sorted(found.items()))
+
+
+def _copied(net: nn.Module) -> nn.Module:
+    """On the CPU: the GPU may have no room for a second one."""
+    copies: dict[int, Any] = {}
+    for tensor in chain(net.parameters(), net.buffers()):
+        copy = tensor.detach().to("cpu", copy=True)
+        copies[id(tensor)] = nn.Parameter(copy, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy
+    return deepcopy(net, copies)
 
 
 def _merged(net: nn.Module) -> nn.Module:

@@ -51,6 +51,7 @@ class Offloaded:
         """Those of these parts that wait are on the device inside the block, and of blocks in blocks the outermost."""
         own = {*names} - self.fetched
         modules = [module for name in own for module in self.parts.get(name, ())]
+        waiting = [(weight, weight.data) for module in modules for weight in module.parameters()]
         self.fetched |= own
         try:
             for module in modules:
@@ -58,6 +59,8 @@ class Offloaded:
             yield
         finally:
             self.fetched -= own
+            for weight, data in waiting:  # it never trains, so nothing has to travel back
+                weight.data = data
             for module in modules:
                 module.to("cpu")
 

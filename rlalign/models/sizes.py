@@ -8,6 +8,7 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,11 @@ def found(path: str) -> Path | None:
     if path.count("/") != 1 or Path(path).is_absolute():
         return None
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(path, local_files_only=True))
-    except LocalEntryNotFoundError:
+    except (HFValidationError, LocalEntryNotFoundError):
         return None
 
 
@@ -94,10 +95,11 @@ def trained(shapes: Shapes, net: str, lora: LoraConfig | None, family_targets: S
 
 def kept_numbers(model: Model, net: str, size: Sequence[int], text_tokens: int, checkpointing: bool) -> int | None:
     """What the backward pass of one row through the net keeps; an estimate, None for kinds of nets that are strange."""
-    config, factor = model.config(net), _pixels_a_latent(model.config("vae"))
-    if factor is None:
+    config, factors = model.config(net), _pixels_a_latent(model.config("vae"))
+    if factors is None:
         return None
-    height, width, frames = size[0] // factor, size[1] // factor, (size[2] - 1) // 4 + 1 if len(size) > 2 else 1
+    side, length = factors
+    height, width, frames = size[0] // side, size[1] // side, (size[2] - 1) // length + 1 if len(size) > 2 else 1
     if "down_block_types" in config:
         return _of_unet(config, height * width, checkpointing)
     layers = sum(config.get(name) or 0 for name in ("num_layers", "num_single_layers", "n_layers"))
@@ -106,8 +108,8 @@ def kept_numbers(model: Model, net: str, size: Sequence[int], text_tokens: int, 
         return None
     packed = config.get("in_channels") == 4 * _latent_channels(model.config("vae"))
     patch = config.get("patch_size") or 2
-    side = 2 if packed else patch[-1] if isinstance(patch, list) else patch
-    one = (frames * height * width // side**2 + text_tokens) * channels
+    edge = 2 if packed else patch[-1] if isinstance(patch, list) else patch
+    one = (frames * height * width // edge**2 + text_tokens) * channels
     return one * (layers + BLOCK) if checkpointing else one * layers * BLOCK
 
 
@@ -132,13 +134,17 @@ def _of_unet(config: Mapping[str, Any], latents: int, checkpointing: bool) -> in
     return sum(numbers * passes * (RESNET + UNET_BLOCK * deep) for numbers, deep in levels)
 
 
-def _pixels_a_latent(vae: Mapping[str, Any]) -> int | None:
-    """A side."""
-    own = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+def _pixels_a_latent(vae: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Of a side, and frames of a film, by the VAE's config as its class reads it."""
+    side = vae.get("scale_factor_spatial") or vae.get("spatial_compression_ratio")
+    length = vae.get("scale_factor_temporal") or vae.get("temporal_compression_ratio")
     widths = vae.get("block_out_channels") or vae.get("encoder_block_out_channels")
-    if own or not widths:
-        return own
-    return 2 ** (len(widths) - 1)
+    if halved := vae.get("temperal_downsample"):  # Wan's and Qwen-Image's
+        return side or 2 ** len(halved), length or 2 ** sum(halved)
+    if scaled := vae.get("spatio_temporal_scaling"):  # LTX's
+        return side or vae["patch_size"] * 2 ** sum(scaled), length or vae["patch_size_t"] * 2 ** sum(scaled)
+    side = side or (2 ** (len(widths) - 1) if widths else None)
+    return (side, length or 4) if side else None
 
 
 def _latent_channels(vae: Mapping[str, Any]) -> int:
@@ -151,10 +157,19 @@ def _headers(folder: Path) -> dict[str, list[int]]:
     for path in sorted(folder.glob("*.safetensors")):
         if ".fp16." in path.name:
             continue  # the same weights once more
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+        shapes |= {name: entry["shape"] for name, entry in _header(path).items() if name != "__metadata__"}
     return shapes
+
+
+def _header(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        beginning = file.read(8)
+        length = struct.unpack("<Q", beginning)[0] if len(beginning) == 8 else 0
+        if 0 < length <= path.stat().st_size - 8:
+            with suppress(ValueError):
+                return json.loads(file.read(length))
+    pointer = ", but what git-lfs leaves in its place: run git lfs pull there" if beginning == b"version " else ""
+    raise ValueError(f"{path} is no whole file of safetensors{pointer}")
 
 
 def _on_meta(library: str, name: str, folder: Path) -> dict[str, list[int]] | None:

@@ -41,11 +41,12 @@ class Exported:
     about: str  # the algorithm's first sentence
     base: str | None  # the base model's id on the Hub
     base_folder: Path | None  # and where it lies, if that is known
+    heldout: str = "held-out prompts"  # what is known of them
 
 
 def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
     """Writes the card and its picture, and says which files; ValueError where another card would be lost."""
-    run, picture = RunDir(run_dir), card.with_name("reward.png" if card.name == "README.md" else f"{card.stem}.png")
+    run, picture = RunDir(run_dir), picture_of(card)
     require_ours(card)
     info, config = run.read_info(), run.read_config()
     rows = read(run.metrics) if run.metrics.exists() else []
@@ -60,6 +61,7 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
         algorithm=_short(config["algorithm"]["name"]),
         about=_linked(exported.about),
         prompts=_prompts(config["prompts"]),
+        recorded=_is_recorded(config),
         cards=summary.cards(rows, held_out, config),
         rewards=_shortened(config["rewards"]),
         picture=picture.name if drawn else None,
@@ -75,7 +77,7 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
         config=yaml.safe_dump(_shortened(config), sort_keys=False, allow_unicode=True),
         mark=MARK,
         info=info,
-        **{name: getattr(exported, name) for name in ("what", "weights", "step", "language", "use")},
+        **{name: getattr(exported, name) for name in ("what", "weights", "step", "language", "use", "heldout")},
     )
     with in_words(f"write {card}"):
         card.parent.mkdir(parents=True, exist_ok=True)
@@ -83,10 +85,17 @@ def write_card(run_dir: Path, card: Path, exported: Exported) -> list[Path]:
     return [card, picture] if drawn else [card]
 
 
-def require_ours(card: Path) -> None:
-    """ValueError where the file is there and no export wrote it."""
-    if card.exists() and MARK not in card.read_text(errors="replace"):
-        raise ValueError(f"{card} is there already, and rlalign did not write it; name another place with --to")
+def picture_of(card: Path) -> Path:
+    """Where its picture lies."""
+    return card.with_name("reward.png" if card.name == "README.md" else f"{card.stem}.png")
+
+
+def require_ours(card: Path, *others: Path) -> None:
+    """ValueError where the card is there and no export wrote it, or ``others`` of an export without their card."""
+    ours = card.exists() and MARK in card.read_text(errors="replace")
+    for path in (card, *others):
+        if path.exists() and not ours:
+            raise ValueError(f"{path} is there already, and rlalign did not write it; name another place with --to")
 
 
 def remarks(rewards: Sequence[Mapping[str, Any]], held_out: Mapping[str, Series], alarms: Sequence[str]) -> list[str]:
@@ -138,13 +147,19 @@ def _trained_for(change: summary.Change | None) -> str:
 def _front_matter(config: Mapping[str, Any], exported: Exported) -> dict[str, Any]:
     """What the Hub understands."""
     named = {"base_model": exported.base, "base_model_relation": exported.relation} if exported.base else {}
-    tags = ["rlalign", "reinforcement-learning", _short(config["algorithm"]["name"])]
+    online = [] if _is_recorded(config) else ["reinforcement-learning"]
+    tags = ["rlalign", *online, _short(config["algorithm"]["name"])]
     return {
         **licence.declared(exported.base_folder),
         **named,
         "library_name": "diffusers",
         "tags": ["lora", *tags] if exported.relation == "adapter" else tags,
     }
+
+
+def _is_recorded(config: Mapping[str, Any]) -> bool:
+    """Whether it learnt from images that the run did not make."""
+    return config.get("rollout", {}).get("source") == "data"
 
 
 def _sampling(evaluation: Mapping[str, Any]) -> str:

@@ -106,7 +106,7 @@ def _reward(rows: Sequence[Row], held_out: Mapping[str, Series]) -> Card | None:
         if change.after is None:
             return Card("Held-out reward", number(change.before), "of the base; not evaluated since")
         value = f"{number(change.before)} → {number(change.after)}"
-        return Card("Held-out reward", value, f"{signed(change.difference)} on prompts never trained on")
+        return Card("Held-out reward", value, f"{signed(change.difference)} on held-out prompts")
     trained = list(column(rows, "reward/mean").values())
     if not trained:
         return None

@@ -99,7 +99,11 @@ class Store:
     def write(self, key: Key, encoded: Encoded) -> None:
         path, about = self._place(key)
         halves = zip(("cond", "uncond"), encoded, strict=True)
-        tensors = {f"{half}/{name}": t.contiguous() for half, cond in halves for name, t in (cond or {}).items()}
+        tensors = {  # copies, since a file has no place for an image that both halves share
+            f"{half}/{name}": tensor.clone(memory_format=torch.contiguous_format)
+            for half, cond in halves
+            for name, tensor in (cond or {}).items()
+        }
         write_atomically(path, save(tensors, {"about": about, "fingerprint": fingerprint(tensors)}))
 
     def _place(self, key: Key) -> tuple[Path, str]:

@@ -165,6 +165,7 @@ def test_names_come_from_the_run(lab: Path):
     [
         (Wish("none.yaml"), "there is no run file none.yaml"),
         (Wish("run.yaml", ["optimizer.lr=-1"]), "optimizer.lr"),
+        (Wish("run.yaml", ["model.memory.embeddings=kept"]), "model.memory.embeddings .* none would outlive the job"),
         (Wish("run.yaml", name="a b"), "cannot name a job"),
         (Wish("run.yaml", address="127.0.0.1:6379"), "not that of a dashboard"),
         (Wish("run.yaml", address="http://10.0.0.9:8265"), "--run-dir /shared/runs/run"),

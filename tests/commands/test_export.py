@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 from huggingface_hub import constants
 from safetensors.torch import load_file
 
+from rlalign import checkpoint
 from rlalign.commands.export import Wish, export
 from rlalign.commands.problems import BadInput
 from rlalign.commands.push import hub_for, push
@@ -105,6 +106,21 @@ def test_a_base_model_of_the_hub_is_named_as_the_hub_names_it(
     assert "from_pretrained('acme/tiny-sd3')" in code(here / "lora" / "README.md")
 
 
+def test_the_card_says_which_held_out_prompts_were_trained_on(here: Path, capsys: Capture):
+    sd3(here, capsys)
+
+    def said() -> str:
+        call(capsys, "export", "runs/run", "--to", "lora")
+        (found,) = re.findall(r"\nOn (.*), from the same noise", (here / "lora" / "README.md").read_text())
+        return found
+
+    assert said() == "prompts that were never trained on"
+    (here / "heldout.txt").write_text((here / "train.txt").read_text().splitlines()[0] + "\nanother\n")
+    assert said() == "held-out prompts, of which 1 of 2 were trained on"
+    (here / "train.txt").unlink()
+    assert said() == "held-out prompts"
+
+
 def test_beside_a_file_the_card_is_called_as_it_is(here: Path, capsys: Capture):
     sd3(here, capsys)
     (here / "README.md").write_text("my project")
@@ -124,6 +140,24 @@ def test_a_card_that_is_not_ours_stays(here: Path, capsys: Capture):
     for _ in range(2):
         assert call(capsys, "export", "runs/run", "--to", "again").code == 0
     assert MARK in (here / "again" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("there", "to", "more"),
+    [
+        ("cat.png", "cat.safetensors", []),
+        ("reward.png", ".", []),
+        ("pytorch_lora_weights.safetensors", ".", []),
+        ("run.safetensors", ".", ["--single-file"]),
+        ("model_index.json", ".", ["--full"]),
+    ],
+)
+def test_files_of_somebody_else_stay(there: str, to: str, more: list[str], here: Path, capsys: Capture):
+    sd3(here, capsys)
+    (here / there).write_text("my own")
+    done = call(capsys, "export", "runs/run", "--to", to, *more)
+    assert done.code == 2 and f"{there} is there already, and rlalign did not write it" in done.err
+    assert (here / there).read_text() == "my own"
 
 
 # --- what the card says loads the export
@@ -157,6 +191,43 @@ def test_the_lines_of_the_card_load_the_adapters(here: Path, capsys: Capture, fa
     assert {layer.scaling[n] for layer in net.modules() for n in getattr(layer, "scaling", {})} == {3.0}
 
 
+def test_the_lines_of_the_card_load_text_encoders_once(here: Path, capsys: Capture):
+    """load_lora_weights reads their adapters along with the first network's."""
+    sd_folder(here / "tiny")
+    model = "family: sd, path: ./tiny, lora: {rank: 2, alpha: 6}, train: [unet, text_encoder]"
+    train(capsys, model, "rollout.kernel=ddim")
+    assert call(capsys, "export", "runs/run", "--to", "lora").code == 0
+    pipe = loaded(here / "lora" / "README.md")
+    mine = load_file(here / "lora" / "pytorch_lora_weights.safetensors")
+    assert len(layers(pipe.unet)) + len(layers(pipe.text_encoder)) == len(mine)
+    names = {n for layer in pipe.text_encoder.modules() for n in getattr(layer, "scaling", {})}
+    assert len(names) == 1 and "text_encoder" not in code(here / "lora" / "README.md")
+
+
+def test_the_lines_of_a_pushed_card_take_the_weights_from_the_hub(
+    here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+):
+    pixart_folder(here / "tiny")
+    train(capsys, "family: pixart, path: ./tiny, lora: {rank: 2}, max_sequence_length: 12", "rollout.kernel=ddim")
+    assert export(Wish(Path("runs/run"), here / "lora", push="acme/red"), FakeHub()) == 0
+    card = here / "lora" / "README.md"
+    assert "hf_hub_download('acme/red', 'pytorch_lora_weights.safetensors')" in code(card)
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repo, file: str(here / "lora" / file))
+    assert layers(loaded(card).transformer)
+
+
+def test_a_card_tells_names_and_the_terminal_where_they_lie(here: Path, capsys: Capture):
+    sd3(here, capsys)
+    done = call(capsys, "export", "runs/run", "--to", str(here / "out" / "lora"))
+    assert f"pipe.load_lora_weights('{here}/out/lora'" in done.out
+    assert "pipe.load_lora_weights('lora'" in code(here / "out" / "lora" / "README.md")
+    call(capsys, "export", "runs/run", "--to", str(here / "out" / "whole"), "--full")
+    assert "from_pretrained('whole'" in code(here / "out" / "whole" / "README.md")
+    call(capsys, "export", "runs/run", "--to", str(here / "out" / "mine.safetensors"))
+    assert "pipe.load_lora_weights('.', weight_name='mine.safetensors')" in code(here / "out" / "mine.md")
+    assert all(str(here) not in card.read_text() for card in (here / "out").rglob("*.md"))
+
+
 def test_the_lines_of_the_card_load_both_networks_of_wan(here: Path, capsys: Capture):
     wan_folder(here / "tiny", experts=2)
     model = "family: wan, path: ./tiny, lora: {rank: 2}, max_sequence_length: 16, train: [transformer, transformer_2]"
@@ -175,6 +246,19 @@ def test_the_lines_of_the_card_load_the_pipeline(here: Path, capsys: Capture):
     assert isinstance(pipe, DiffusionPipeline) and shown(here / "whole" / "README.md")["tags"][0] == "rlalign"
     merged = {name.replace(".base_layer", "") for name in model.policy.family.nets["transformer"].state_dict()}
     assert pipe.transformer.state_dict().keys() == {name for name in merged if "lora_" not in name}
+
+
+def test_moments_are_not_read(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    sd3(here, capsys)
+    read, names = checkpoint.read_part, set[str]()
+
+    def noted(*given: Any, **more: Any) -> Any:
+        state = read(*given, **more)
+        names.update(name.partition("/")[0] for name in state.tensors)
+        return state
+
+    monkeypatch.setattr(checkpoint, "read_part", noted)
+    assert trained(Path("runs/run"), config_of_run(Path("runs/run"))).weights == "policy" and names == {"policy"}
 
 
 # --- one file

@@ -1,9 +1,7 @@
 """plan counts memory by role, from configs alone where there are no weights, and names what would make it fit."""
 
-import json
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -14,38 +12,19 @@ from rlalign.commands.memory import Account, Facts, accounts
 from rlalign.commands.plan import measure_kept
 from rlalign.config import RunConfig, load
 from rlalign.models import sizes
+from rlalign.models.lora import LoraConfig
+from rlalign.types import Prompt
+from tests.published import FLUX, published
 from tests.runs import call
 from tests.tiny import sd3_folder
 
 GIB = 2**30
-CONFIGS: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "transformer": (
-        ["diffusers", "FluxTransformer2DModel"],
-        {"guidance_embeds": True, "in_channels": 64, "num_layers": 19, "num_single_layers": 38, "patch_size": 1}
-        | {"attention_head_dim": 128, "num_attention_heads": 24},
-    ),
-    "vae": (
-        ["diffusers", "AutoencoderKL"],
-        {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16, "layers_per_block": 2}
-        | {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4},
-    ),
-    "text_encoder_2": (
-        ["transformers", "T5EncoderModel"],
-        {"model_type": "t5", "d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "vocab_size": 32128}
-        | {"feed_forward_proj": "gated-gelu"},
-    ),
-}
-"""FLUX.1-dev as published, CLIP left out."""
 
 
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    for part, (_, config) in CONFIGS.items():
-        (folder / "flux" / part).mkdir(parents=True)
-        (folder / "flux" / part / "config.json").write_text(json.dumps(config))
-    index = {part: names for part, (names, _) in CONFIGS.items()}
-    (folder / "flux" / "model_index.json").write_text(json.dumps(index))
+    published(folder / "flux", FLUX)
     (folder / "prompts.txt").write_text("a\nb\nc\nd\ne\nf\ng\nh\n")
     run = {
         "model": {"family": "flux", "path": "flux", "dtype": "bfloat16", "lora": {"rank": 32}},
@@ -111,6 +90,12 @@ def test_what_trains_has_state(flux: Path, model: sizes.Model):
     assert state("model.lora=null") == (2 + 4 + 8 + 2) * everything  # gradient, master, moments, reference
     assert state("model.lora=null", "model.dtype=float32") == (4 + 8 + 4) * everything
 
+    def at_the_step(*overrides: str) -> float:
+        return account(flux, model, *overrides)[""].passes["gradients in float32"]
+
+    assert at_the_step("model.lora=null") == 2 * everything  # activations are gone by then
+    assert at_the_step() == at_the_step("model.lora=null", "model.dtype=float32") == 0
+
 
 def test_who_is_on_a_gpu(flux: Path, model: sizes.Model):
     own = account(flux, model, "runtime=ray")
@@ -157,11 +142,37 @@ def test_the_advice_is_what_makes_it_fit(flux: Path, model: sizes.Model, gpu: fl
     assert accounts(short, Facts(short, model))[""].total > gpu * GIB
 
 
+COLOCATED = ("runtime=ray", "runtime.placement=colocated")
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model={family: sd3, train: [transformer, text_encoder]}"],
+        ["algorithm=draft", "rewards.0=saturation"],
+        ["rollout.retain=true"],
+        ["runtime.samplers=2"],
+        [*COLOCATED, "runtime.transport=collective"],
+        [*COLOCATED, "runtime.max_staleness=1"],
+        [*COLOCATED, "runtime={learners: 2, samplers: 2}", "model.lora=null"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_advised_is_not_refused(flux: Path, model: sizes.Model, overrides: list[str]):
+    facts = Facts(load(flux, overrides), model)
+    for role in accounts(facts.config, facts):
+        said = re.findall(r"(\S+)=(\S+) \(about", advice(facts, role, 10 * GIB))
+        for number in range(len(said)):
+            load(flux, [*overrides, *(f"{key}={value}" for key, value in said[: number + 1])])
+
+
 def test_what_nothing_makes_fit(flux: Path, model: sizes.Model):
     assert "still too much" in advice(Facts(load(flux), model), "", 10 * GIB)
 
 
-def test_a_model_that_was_loaded_is_measured(tmp_path: Path, flux: Path, capsys: pytest.CaptureFixture[str]):
+@pytest.fixture
+def tiny(tmp_path: Path, flux: Path) -> Path:
+    """A run file of a model that is small enough to be loaded."""
     sd3_folder(tmp_path / "sd3")
     run = yaml.safe_load(flux.read_text())
     run["model"] = {"family": "sd3", "path": str(tmp_path / "sd3"), "lora": {"rank": 4}}
@@ -169,15 +180,39 @@ def test_a_model_that_was_loaded_is_measured(tmp_path: Path, flux: Path, capsys:
     run["rollout"]["size"] = [16, 16]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(run))
     (tmp_path / "prompts.txt").write_text("a\n")
+    return tmp_path / "run.yaml"
 
-    done = call(capsys, "plan", str(tmp_path / "run.yaml"))
+
+def test_a_model_that_was_loaded_is_measured(tiny: Path, capsys: pytest.CaptureFixture[str]):
+    done = call(capsys, "plan", str(tiny))
     assert done.code == 0 and "activations and trajectories are measured on the model" in done.out
 
     def activations(*overrides: str) -> int:
-        config = load(tmp_path / "run.yaml", overrides)
+        config = load(tiny, overrides)
         return measure_kept(config, load_policy(config)).activations
 
     assert 0 < activations("model.memory.gradient_checkpointing=true") < activations() / 2
+
+
+def test_embeddings_count_once_a_prompt(tiny: Path):
+    """And those to guide away from, too."""
+    config = load(tiny)
+    policy = load_policy(config)
+    kept, ((cond, _),) = measure_kept(config, policy), policy.encode([Prompt("a")])
+    assert kept.embeddings == sum(tensor.nbytes for tensor in cond.values())
+    guided = measure_kept(load(tiny, ["rollout.guidance_scale=3"]), policy)
+    assert guided.embeddings == 2 * kept.embeddings and guided.trajectory == kept.trajectory
+    stays = accounts(config, Facts(config, policy=policy, kept=kept))[""].stays
+    assert stays["trajectories of a step"] == 64 * kept.trajectory + 8 * kept.embeddings
+
+
+def test_what_trains_is_known_whatever_else_changes(flux: Path):
+    """Of a policy without a folder."""
+    config = load(flux, ["model={family: analytic, path: '', lora: null}", "model.dtype=float32", "rollout.size=[1,1]"])
+    facts = Facts(config, policy=load_policy(config))
+    changed = with_key(config, "model.memory.vae_slicing", True)
+    assert facts.trained(changed) == facts.trained(config) > 0
+    assert facts.trained(with_key(config, "model.lora", LoraConfig())) == 0  # unknown
 
 
 def test_keys_deep_down(flux: Path):

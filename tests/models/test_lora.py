@@ -114,6 +114,18 @@ def test_merged_nets_are_plain_copies():
     assert torch.equal(both["net"](x), before)
 
 
+def test_merging_takes_no_room_beside_the_net(monkeypatch: pytest.MonkeyPatch):
+    """A GPU that trained it may have none: no weight is copied where it lies."""
+    both = nets()
+    attach(both, ["net"], LoraConfig(rank=2), ["0", "1"], 0)
+
+    def copied(tensor: torch.Tensor, memo: dict[int, Any]) -> torch.Tensor:
+        raise AssertionError("a weight was copied on its own device")
+
+    monkeypatch.setattr(nn.Parameter, "__deepcopy__", copied)
+    assert merged(both)["net"] is not both["net"]
+
+
 def test_exported_file(folder: Path, tmp_path: Path):
     policy = sd3_policy(folder, rank=4, shake=0.1)
     path = save_lora(policy.family.nets, tmp_path / "new", policy.weights("policy"))

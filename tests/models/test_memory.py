@@ -139,6 +139,22 @@ def test_everything_goes_to_the_device_but_what_waits(tmp_path: Path, monkeypatc
     assert placed(family, [], torch.device("cuda")).parts == {} and len(travels.made) == 5
 
 
+def test_weights_that_waited_are_not_copied_back(monkeypatch: pytest.MonkeyPatch):
+    net = nn.Linear(2, 3)
+    here = [weight.data_ptr() for weight in net.parameters()]
+
+    def to(module: nn.Module, device: Any) -> nn.Module:  # what a journey does to weights that are not there yet
+        for weight in module.parameters():
+            if device != "cpu" or weight.data_ptr() not in here:
+                weight.data = weight.data.clone()
+        return module
+
+    monkeypatch.setattr(nn.Module, "to", to)
+    with Offloaded({"vae": [net]}, "cuda").here("vae"):
+        assert not {weight.data_ptr() for weight in net.parameters()} & {*here}
+    assert [weight.data_ptr() for weight in net.parameters()] == here
+
+
 def test_a_policy_fetches_what_it_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     policy = sd_policy(sd_folder(tmp_path / "sd"))
     pipeline = policy.family.pipeline  # pyright: ignore[reportAttributeAccessIssue]

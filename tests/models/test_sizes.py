@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
+import torch
 
 from rlalign.models import sizes
 from rlalign.models.lora import LoraConfig, attach
@@ -40,6 +42,25 @@ def test_configs_tell_as_much_as_weights(tmp_path: Path, folder: Path):
 def test_what_is_no_pipeline_and_what_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert sizes.read(tmp_path) is None and sizes.found(str(tmp_path)) == tmp_path
     assert sizes.found("nobody/has-this") is None and sizes.found("/nowhere/at-all") is None
+    assert sizes.found("my models/flux") is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 3\n", "git lfs pull"),
+        (b"", "no whole file"),
+        (b'\x40\0\0\0\0\0\0\0{"a": {', "no whole file"),
+        (b'\x03\0\0\0\0\0\0\0{"a', "no whole file"),
+    ],
+    ids=["git-lfs", "empty", "cut", "not JSON"],
+)
+def test_weights_that_are_not_whole_are_named(content: bytes, words: str, tmp_path: Path):
+    folder = sd3_folder(tmp_path)
+    (file,) = (folder / "transformer").glob("*.safetensors")
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{file.name} .*{words}"):
+        sizes.read(folder)
 
 
 def test_a_class_that_no_library_has_is_unknown(tmp_path: Path):
@@ -112,6 +133,27 @@ def test_unets_keep_what_was_counted_on_the_meta_device(
     assert found is not None and found / GIB == pytest.approx(kept, rel=0.1)
     less = sizes.kept_numbers(model, "unet", (side, side, 1), 77, True)
     assert less is not None and again / 2 < less / GIB < 2 * again
+
+
+@pytest.mark.parametrize(
+    ("kind", "left_out"),
+    [
+        ("AutoencoderKLQwenImage", []),
+        ("AutoencoderKLWan", []),
+        ("AutoencoderKLWan", ["scale_factor_spatial", "scale_factor_temporal"]),  # as Wan 2.1 was published
+        ("AutoencoderKLLTXVideo", []),
+    ],
+)
+def test_films_are_as_small_as_their_vae_makes_them(kind: str, left_out: list[str], tmp_path: Path):
+    """Whose config does not always say by how much; one channel and layer, one number a token."""
+    with torch.device("meta"):
+        vae: Any = getattr(diffusers, kind)()
+    config = {key: value for key, value in vae.config.items() if key not in left_out}
+    net = {"in_channels": 1, "patch_size": 1, "num_attention_heads": 1, "attention_head_dim": 1, "num_layers": 1}
+    model, side = pipeline(tmp_path, transformer=net, vae=config), vae.spatial_compression_ratio
+    length = getattr(vae, "temporal_compression_ratio", 4)
+    numbers = sizes.kept_numbers(model, "transformer", (4 * side, 2 * side, 2 * length + 1), 7, False)
+    assert numbers == (4 * 2 * 3 + 7) * sizes.BLOCK
 
 
 def test_what_is_strange_is_not_estimated(tmp_path: Path):

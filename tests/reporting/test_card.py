@@ -93,8 +93,19 @@ def test_a_card_of_a_run_that_goes_on(tmp_path: Path):
     assert "| | before | after 4 updates | change |" in text
     assert "Evaluated were the `policy` weights; exported are the `ema` ones." in text
     assert "Evaluated were the weights after 4 updates; exported are those after 5." in text
+    assert "fine-tuned by online reinforcement learning" in text and "On held-out prompts, from the same noise" in text
     assert text.endswith(f"{MARK}\n") and "\n\n\n" not in text
     assert write_card(tmp_path / "run", card, exported) == [card, picture]
     card.write_text("by hand")
     with pytest.raises(ValueError, match="rlalign did not write it"):
         require_ours(card)
+
+
+def test_recorded_images_are_no_online_learning(tmp_path: Path):
+    with example_run(tmp_path / "run", steps=2, done=2) as run:
+        whole = {**config(2), "prompts": {"train": "/x/pairs.jsonl"}, "rewards": [TRAIN], "rollout": {"source": "data"}}
+        run.files.config.write_text(yaml.safe_dump(whole))
+    exported = Exported("A LoRA", "adapter", "policy", 2, "python", "pipe = 1", "DPO", None, None)
+    text = write_card(tmp_path / "run", tmp_path / "README.md", exported)[0].read_text()
+    assert "fine-tuned on recorded images with rlalign" in text
+    assert front_matter(text)["tags"] == ["lora", "rlalign", "grpo"]

@@ -21,6 +21,7 @@ from rlalign.types import Encoded, Prompt
 from rlalign.workers import encoder as module
 from rlalign.workers.canary import Canary
 from rlalign.workers.encoder import Encoder, Store
+from tests.contracts.families import FIRST
 from tests.models.stable_diffusion import sd_folder, sd_policy
 from tests.runs import without_pages
 
@@ -105,6 +106,16 @@ def test_all_tensors_come_back_as_they_were(tmp_path: Path):
         found = store.read(key)
         assert found is not None and same(found, encoded)
         assert found[0]["embeds"].dtype == torch.bfloat16 and found[0]["mask"].dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", ["flux_kontext", "flux2", "qwen_image_edit", "wan_i2v"])
+def test_families_of_images_are_stored(name: str, tmp_path: Path):
+    """Whose two halves share the image."""
+    case = FIRST[name]
+    (prompt, *_), family = case.prompts, case.load(case.write(tmp_path / "model"))
+    store, encoded = Store(Embeddings(tmp_path / "kept", "model")), family.encode([prompt])
+    store.write(("a",), encoded)
+    assert same(store.read(("a",)) or ({}, None), encoded)
 
 
 def cut(data: bytes) -> bytes:
