@@ -1,5 +1,6 @@
 """Rewards for a service under test: they count what they score in a file, and do what a prompt tells them."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -45,6 +46,11 @@ class Counted:
         if order == "hang":
             time.sleep(3600)
         if order == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == "fork and die":
+            self.helpers = multiprocessing.get_context("fork").Pool(1)
+            with (self.folder / "helpers").open("a") as file:
+                file.write("".join(f"{one.pid}\n" for one in multiprocessing.active_children()))
             os.kill(os.getpid(), signal.SIGKILL)
         if order == "hang once" and not self.marked("hanging"):
             time.sleep(3600)
