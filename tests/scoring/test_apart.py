@@ -16,8 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rlalign.scoring import Reward, RewardConfig, RewardError, Scoring, apart, environment, load_reward, load_rewards
-from rlalign.scoring.gradients import reward_sum
+from rlalign.scoring import RewardConfig, RewardError, Scoring, apart, environment, load_reward, load_rewards
 from rlalign.types import Prompt, Unit
 from tests.scoring import environments
 from tests.scoring.helpers import numbered_images
@@ -234,8 +233,33 @@ def test_packages_make_an_environment_where_it_is_named_or_below_home(
     wanted = [["hpsv2", "transformers<5"], ["hpsv2", "transformers<5"], []]
     first, again, other = (environment.interpreter(None, packages).parents[1] for packages in wanted)
     assert first == again != other and first.parent == other.parent == tmp_path / "home" / "environments"
+    monkeypatch.setattr(environment, "ourselves", lambda: ["-e", "/another/clone"])
+    assert environment.interpreter(None, []).parents[1] != other
+    made.pop()
     environment.interpreter(tmp_path / "mine", ["hpsv2"])
     assert made == [(first, wanted[0]), (first, wanted[0]), (other, []), (tmp_path / "mine", ["hpsv2"])]
+
+
+def test_an_environment_whose_change_broke_off_is_made_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if what it should hold is what it held before."""
+    installed: list[str] = []
+
+    def run(what: str, *command: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / "python").touch()
+        installed.append(command[-1])
+        if command[-1] == "broken":
+            raise ValueError("pip ended")
+
+    monkeypatch.setattr(environment, "_run", run)
+    environment.python_of(tmp_path, ["hpsv2"])
+    with pytest.raises(ValueError, match="pip ended"):
+        environment.python_of(tmp_path, ["broken"])
+    assert installed.count("hpsv2") == 1
+    environment.python_of(tmp_path, ["hpsv2"])
+    assert installed.count("hpsv2") == 2
 
 
 def test_what_goes_nowhere_is_refused() -> None:
@@ -243,8 +267,6 @@ def test_what_goes_nowhere_is_refused() -> None:
         RewardConfig(use="http://host/beauty", pip=("hpsv2",))
     with pytest.raises(ValidationError):
         RewardConfig(use="ocr", venv="")
-    with pytest.raises(ValueError, match="has an environment of its own, out of which no gradient comes"):
-        reward_sum([Reward(RewardConfig(use="saturation", venv="venv"), lambda images, prompts: images.mean())])
 
 
 def test_it_ends_when_its_parent_is_killed(folder: Path, tmp_path: Path) -> None:
