@@ -69,6 +69,8 @@ def _problems(config: "RunConfig") -> Iterator[str]:
     if rollout.retain:
         yield from _no_graph(config)
     yield from _no_journey(config, needs.reward_gradient)
+    if needs.reward_gradient:
+        yield from _no_distance(config)
     yield from _no_full(config)
     yield from _no_stale_text(config)
     times = getattr(config.algorithm, "num_times", None)  # only forward-process algorithms have it
@@ -152,6 +154,16 @@ def _no_journey(config: "RunConfig", differentiated: bool) -> Iterator[str]:
             "model.memory.offload moves parts for one worker at a time: set runtime.samplers: 1 and "
             "runtime.max_staleness: 0, or runtime.kind: ray"
         )
+
+
+def _no_distance(config: "RunConfig") -> Iterator[str]:
+    """Told before environments are made, which takes minutes."""
+    for reward in config.rewards:
+        if reward.apart and reward.role == "train":
+            yield (
+                f"reward {reward.name!r} has an environment of its own, out of which no gradient comes: leave venv and "
+                "pip out, give it role: monitor, or choose an algorithm that needs no gradient"
+            )
 
 
 def _no_full(config: "RunConfig") -> Iterator[str]:

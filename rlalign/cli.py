@@ -334,7 +334,9 @@ def prompts_convert(
     layout: Annotated[str, typer.Argument(help="geneval, drawbench, parti, hpdv2, pickapic or t2i_compbench.")],
     path: Annotated[Path, typer.Argument(help="The set's file or folder, as published.")],
     to: Annotated[Path, typer.Option(help="The .jsonl file to write.")],
-    split: Annotated[str | None, typer.Option(help="train or val, of the folder of t2i_compbench.")] = None,
+    split: Annotated[
+        str | None, typer.Option(help="Of a folder of t2i_compbench or pickapic, train for instance.")
+    ] = None,
     pairs: Annotated[
         bool, typer.Option("--pairs", help="Judged images too, for rollout.source=data: hpdv2, pickapic.")
     ] = False,

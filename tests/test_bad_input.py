@@ -172,6 +172,16 @@ SETTINGS = [
     ),
     train("embeddings of no pipeline", "model.memory.embeddings=kept", "model.memory.embeddings", "no pipeline"),
     train("a part that is none", "model.memory.offload=[unet]", "model.memory.offload", "'unet'", "text_encoders"),
+    Case(
+        "a gradient out of another environment, before that is made",
+        ("train", "run.yaml", "algorithm=draft", "rewards.0.pip=[nothing]"),
+        ("out of which no gradient comes", "leave venv and pip out"),
+    ),
+    Case(
+        "two lists of packages for one environment",
+        ("train", "run.yaml", "rewards=[{use: a:b, venv: env, pip: [one]}, {use: a:c, venv: env, pip: [two]}]"),
+        ("two lists of packages would be installed into", "/env; ", "a venv of its own"),
+    ),
     train("a reward without gradient", "algorithm=draft", "no gradient", "@differentiable"),
     train("text for a number", "rollout.num_steps=ten", "rollout.num_steps is 'ten'", "a whole number"),
     train("fraction for a count", "rollout.num_steps=2.5", "rollout.num_steps is 2.5", "a whole number"),

@@ -1,9 +1,10 @@
 """evaluate: the loop's own evaluation, of a run's newest checkpoint or of a run file's untrained model."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import count
 from math import isfinite
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from rlalign.build import build
 from rlalign.commands.problems import in_preparation, in_training
 from rlalign.commands.runs import Weights, config_of, is_run, newest
 from rlalign.config import RunConfig
-from rlalign.evaluation.distance import ENOUGH_FOR_FID, distance
+from rlalign.evaluation.distance import ENOUGH_FOR_FID, distance, require_enough
 from rlalign.evaluation.features import Features, features_of, read_network
 from rlalign.evaluation.heldout import base_pictures
 from rlalign.evaluation.heldout import evaluate as evaluate_heldout
@@ -26,6 +27,7 @@ from rlalign.reporting.grids import save_grid
 from rlalign.types import Size
 
 BASE = "base"
+GRID = "grid.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -51,7 +53,7 @@ def _evaluate(wish: Wish, stack: ExitStack) -> int:
     with in_preparation():
         chosen = [f"evaluation.weights={wish.weights}"] if wish.weights else []
         config = config_of(wish.target, [*wish.overrides, *chosen])
-        network, files = _comparison(wish)
+        network, reference = _comparison(wish, config)
         prompts = read(config.prompts, wish.part, Size(*config.rollout.size))
         parts, _ = build(config)
         stack.callback(parts.runtime.close)
@@ -59,8 +61,7 @@ def _evaluate(wish: Wish, stack: ExitStack) -> int:
         if is_run(wish.target):
             step, path = newest(Path(wish.target))
             parts.learners.get(parts.learners.broadcast("load", path))
-        suffix = "" if wish.part == "heldout" else f"_{wish.part}"
-        folder = wish.to or Path("evaluations") / f"{Path(wish.target).stem}_step_{step:06d}{suffix}"
+        folder = wish.to or _free_folder(wish, step)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file; name a folder with --to")
     own: list[Tensor] = []
@@ -70,59 +71,76 @@ def _evaluate(wish: Wish, stack: ExitStack) -> int:
         seen = (lambda pictures: own.append(features_of(network, _stills(pictures)))) if network else None
         result = evaluate_heldout(*held_out, seen=seen)
     used = config.evaluation
-    metrics, about = dict(result.metrics), dict[str, object]()
-    if network:
-        with in_preparation():
-            reference = features_of(network, _reference(parts, prompts, config, files))
-            apart = distance(reference, torch.cat(own), config.seed)
-        metrics |= {"fid": apart.fid, "kid": apart.kid, "kid/std": apart.kid_std}
-        about = {
-            "reference": wish.reference or BASE,
-            "features": str(wish.features),
-            "reference_images": len(reference),
-        }
+    told: dict[str, object] = {"of": wish.target, "step": step, "prompts": wish.part}
+    told |= {"weights": used.weights, "images": used.num_images, "overrides": [*wish.overrides]}
+    told["evaluation"] = used.model_dump(mode="json", exclude={"every"})
+    metrics = dict(result.metrics)
     with in_preparation():
         folder.mkdir(parents=True, exist_ok=True)
-        save_grid(result.pictures, result.captions, folder / "grid.png")
-        settings_used = {"prompts": wish.part, "weights": used.weights, "images": used.num_images, **about}
-        numbers = {name: value if isfinite(value) else None for name, value in metrics.items()}
-        write_atomically(
-            folder / "metrics.json",
-            json.dumps({"of": wish.target, "step": step, **settings_used, **numbers}, indent=2).encode(),
-        )
+        save_grid(result.pictures, result.captions, folder / GRID)
+        _write(folder, told, metrics)  # before anything that may yet go wrong
+    if network:
+        with in_training():
+            if reference is None:
+                reference = features_of(network, _of_base(parts, prompts, config))
+        apart = distance(reference, torch.cat(own), config.seed)
+        metrics |= {"fid": apart.fid, "kid": apart.kid, "kid/std": apart.kid_std}
+        told |= {"reference": wish.reference or BASE, "features": str(wish.features)}
+        told["reference_images"] = len(reference)
+        with in_preparation():
+            _write(folder, told, metrics)
     print(f"{wish.target} after {step} updates, weights: {used.weights}, {used.num_images} images")
     print(f"prompts      {wish.part}, {-(-used.num_images // used.samples_per_prompt)} of them")
     for name, value in metrics.items():
         print(f"{name:40} {value:.4f}")
-    if network and len(torch.cat(own)) < ENOUGH_FOR_FID:
+    if network and used.num_images < ENOUGH_FOR_FID:
         print(f"fid is too large with fewer than {ENOUGH_FOR_FID:,} images: compare it at equal numbers, or read kid")
-    print(f"written      {folder / 'metrics.json'} and {folder / 'grid.png'}")
+    print(f"written      {folder / 'metrics.json'} and {folder / GRID}")
     return 0
 
 
-def _comparison(wish: Wish) -> tuple[Features | None, list[Path]]:
-    """The network and the reference pictures, none where they are the base model's."""
+def _free_folder(wish: Wish, step: int) -> Path:
+    """No other evaluation's, which may have been made with other settings."""
+    target = Path(wish.target).absolute()
+    name = target.name if is_run(wish.target) else target.stem
+    name = f"{name}_step_{step:06d}" + ("" if wish.part == "heldout" else f"_{wish.part}")
+    names = (name if number == 1 else f"{name}_{number}" for number in count(1))
+    return next(folder for each in names if not (folder := Path("evaluations") / each).exists())
+
+
+def _write(folder: Path, told: Mapping[str, object], metrics: Mapping[str, float]) -> None:
+    numbers = {name: value if isfinite(value) else None for name, value in metrics.items()}
+    write_atomically(folder / "metrics.json", json.dumps({**told, **numbers}, indent=2).encode())
+
+
+def _comparison(wish: Wish, config: RunConfig) -> tuple[Features | None, Tensor | None]:
+    """The network, and the features of the reference pictures, None where those are the base model's."""
     if wish.features is None:
         if wish.reference is not None:
             raise ValueError("--reference is compared by the features of a network: name it with --features PATH")
-        return None, []
-    files: list[Path] = []
-    if wish.reference not in (None, BASE):
-        folder = Path(wish.reference).expanduser()
-        files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-        if not files:
-            raise ValueError(f"--reference {wish.reference}: there are no pictures in that folder; or name it base")
+        return None, None
+    of_folder = wish.reference not in (None, BASE)
+    files = _pictures(str(wish.reference)) if of_folder else []
+    require_enough(config.evaluation.num_images, len(files) if of_folder else config.evaluation.num_images)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return read_network(wish.features.expanduser(), device), files
+    network = read_network(wish.features.expanduser(), device)
+    size = Size(*config.rollout.size)
+    return network, features_of(network, (read_image(path, size) for path in files)) if of_folder else None
 
 
-def _reference(parts: Parts, prompts: PromptSet, config: RunConfig, files: Sequence[Path]) -> Iterator[Tensor]:
-    """Pictures [3, H, W] of the run's size."""
-    if files:
-        yield from (read_image(path, Size(*config.rollout.size)) for path in files)
-    else:
-        for pictures in base_pictures(parts.samplers, prompts, config.evaluation, config.rollout):
-            yield from _stills(pictures)
+def _pictures(reference: str) -> list[Path]:
+    """Of a folder, without rlalign's own contact sheets."""
+    found = sorted(path for path in Path(reference).expanduser().rglob("*") if path.suffix.lower() in PICTURES)
+    files = [path for path in found if path.name != GRID]
+    if not files:
+        raise ValueError(f"--reference {reference}: there are no pictures in that folder; or name it base")
+    return files
+
+
+def _of_base(parts: Parts, prompts: PromptSet, config: RunConfig) -> Iterator[Tensor]:
+    """Pictures [3, H, W]."""
+    for pictures in base_pictures(parts.samplers, prompts, config.evaluation, config.rollout):
+        yield from _stills(pictures)
 
 
 def _stills(pictures: Tensor) -> Tensor:

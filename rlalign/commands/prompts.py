@@ -65,7 +65,7 @@ def convert(layout: str, path: Path, to: Path, split: str | None, pairs: bool) -
         with in_words(f"write {to}"):
             to.parent.mkdir(parents=True, exist_ok=True)
         if pairs:
-            lines: Sequence[Mapping[str, Any]] = list(recordings(layout, path, to.parent))
+            lines: Sequence[Mapping[str, Any]] = list(recordings(layout, path, to, split))
         else:
             found = PromptSet.of(read_layout(_layout(layout), path, split), str(path))
             lines = [_line(prompt) for prompt in found.prompts]
@@ -142,6 +142,8 @@ def _repeated(rows: Sequence[Prompt]) -> Iterator[tuple[str, str]]:
 def _expected(prompts: PromptSet) -> str:
     """Shares of the draws by tag."""
     weights = prompts.weights.at(0, prompts.prompts)
+    if not weights.any():
+        return "nothing, since all weights are 0"
     shares: Counter[str] = Counter()
     for prompt, weight in zip(prompts.prompts, weights / weights.sum(), strict=True):
         shares[_tag(prompt)] += float(weight)  # pyright: ignore[reportArgumentType]  # typeshed counts whole things only

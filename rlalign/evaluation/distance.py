@@ -27,10 +27,15 @@ class Distance:
 def distance(reference: Tensor, features: Tensor, seed: int = 0) -> Distance:
     """Of two sets of features [N, D] and [M, D]; ValueError where there are too few to tell."""
     fewest = min(len(reference), len(features))
-    if fewest < 4:
-        raise ValueError(f"FID and KID need 4 pictures of each kind or more, and there are {fewest}")
+    require_enough(len(reference), len(features))
     mean, std = kid(reference, features, min(MOST_IN_SUBSET, fewest // 2), seed)
     return Distance(fid(reference, features), mean, std)
+
+
+def require_enough(*numbers: int) -> None:
+    """ValueError where there are too few pictures of a kind."""
+    if min(numbers) < 4:
+        raise ValueError(f"FID and KID need 4 pictures of each kind or more, and there are {min(numbers)}")
 
 
 def fid(reference: Tensor, features: Tensor) -> float:

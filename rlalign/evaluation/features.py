@@ -36,7 +36,11 @@ def read_network(path: Path, device: torch.device) -> Features:
             f"--features {path} is no network: name the safetensors file of FID's Inception, or the folder of a CLIP "
             "or DINOv2 model of transformers"
         )
-    kind = json.loads(config.read_bytes()).get("model_type")
+    try:
+        told = json.loads(config.read_bytes())
+    except ValueError:
+        raise ValueError(f"--features: {config} is not JSON") from None
+    kind = told.get("model_type") if isinstance(told, dict) else None
     if kind not in KINDS:
         raise ValueError(f"--features {path} holds a model of type {kind!r}; it can be {' or '.join(KINDS)}")
     return _Transformer(path, kind, device)

@@ -89,8 +89,9 @@ def base_pictures(
 ) -> Iterator[Tensor]:
     """What ``evaluate`` would judge, [B, (F,) 3, H, W] uint8 a unit, as the untrained weights draw it."""
     plan, samples = settings.rollout(training), settings.samples_per_prompt
-    for unit in split(0, settings.prompts(prompts), samples, plan.micro_batch, purpose="evaluation"):
-        yield from samplers.get([samplers.submit("sample", unit, plan, "reference", returns=2)[1]])
+    units = split(0, settings.prompts(prompts), samples, plan.micro_batch, purpose="evaluation")
+    for image in [samplers.submit("sample", unit, plan, "reference", returns=2)[1] for unit in units]:
+        yield from samplers.get([image])
 
 
 def summary(scores: Scores) -> dict[str, float]:

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from rlalign.settings import Settings
 
 Layout = Literal["geneval", "drawbench", "parti", "hpdv2", "pickapic", "t2i_compbench"]
+WITH_SPLITS = ("pickapic", "t2i_compbench")  # layouts whose folders hold several
 Share = Annotated[float, Field(gt=0, lt=1)]
 Weight = Annotated[float, Field(ge=0)]
 Knot = tuple[Annotated[int, Field(ge=0)], Weight]
@@ -28,7 +29,8 @@ class Source(Settings):
     revision: str | None = None
     """Of the dataset on the Hub: a branch, a tag or a commit. Only a commit stays what it is."""
     split: str | None = None
-    """Of the dataset, train unless given; of the layout t2i_compbench train or val."""
+    """Of the dataset, train unless given; of a folder of the layout t2i_compbench train or val, of one of pickapic
+    train, validation_unique and others."""
     columns: dict[str, str] = Field(default_factory=dict)
     """Which column is what: text, negative, weight, image, video, metadata; any other name becomes a key of metadata.
     Columns that are called so themselves need no mention."""
@@ -44,8 +46,8 @@ class Source(Settings):
         strange = [key for key in ("subset", "revision", "columns") if getattr(self, key) and self.dataset is None]
         if strange:
             raise ValueError(f"{strange[0]} belongs to a dataset; leave it out, or name a dataset instead of a path")
-        if self.split is not None and self.dataset is None and self.layout != "t2i_compbench":
-            raise ValueError("split belongs to a dataset, or to the layout t2i_compbench; leave it out")
+        if self.split is not None and self.dataset is None and self.layout not in WITH_SPLITS:
+            raise ValueError(f"split belongs to a dataset, or to the layouts {' and '.join(WITH_SPLITS)}; leave it out")
         return self
 
 

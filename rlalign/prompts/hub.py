@@ -38,6 +38,8 @@ def _loaded(source: Source) -> Any:
             f"Hub ({first:.200}); give the folder of a local copy, or fetch it where there is a network"
         ) from error
     if not isinstance(saved, dict):
+        if source.split is not None and source.split != str(saved.split or "train"):
+            raise ValueError(f"the dataset {source.dataset} is one split, {saved.split}, not {split}; leave split out")
         return saved
     if split not in saved:
         raise ValueError(f"the dataset {source.dataset} has no split {split}, but {', '.join(saved)}")

@@ -9,7 +9,7 @@
                    https://github.com/google-research/parti
     hpdv2          anime.json, concept-art.json ... of the benchmark, each a list of texts, or a folder of them; or
                    train.json and test.json, a list of {"prompt", ...}: https://github.com/tgxs002/HPSv2
-    pickapic       a parquet file, or a folder of them, with the column caption:
+    pickapic       a parquet file, or a folder of them called SPLIT-*.parquet, with the column caption:
                    https://huggingface.co/datasets/yuvalkirstain/pickapic_v1
     t2i_compbench  CATEGORY_train.txt and CATEGORY_val.txt, a prompt a line, or the folder with all of them:
                    https://github.com/Karine-Huang/T2I-CompBench, examples/dataset
@@ -24,11 +24,12 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from rlalign.prompts.config import Layout
+from rlalign.prompts.config import WITH_SPLITS, Layout
 from rlalign.prompts.files import lines_of, table_of, text_of
 from rlalign.prompts.rows import Row, parsed
 from rlalign.types import Prompt
 
+_OF_SPLIT = re.compile(r"(train|validation|test)(_unique)?-")
 _BENCHMARK = ("anime", "concept-art", "paintings", "photo")
 
 
@@ -36,10 +37,21 @@ def read_layout(layout: Layout, path: Path, split: str | None = None) -> list[Ro
     """All prompts under the path. ValueError in words."""
     if not path.exists():
         raise ValueError(f"there is no {path}")
+    refuse_split(layout, path, split)
     if layout == "t2i_compbench":
         return list(_t2i_compbench(path, split))
-    readers = {"geneval": _geneval, "drawbench": _drawbench, "parti": _parti, "hpdv2": _hpdv2, "pickapic": _pickapic}
+    if layout == "pickapic":
+        return list(_pickapic(path, split))
+    readers = {"geneval": _geneval, "drawbench": _drawbench, "parti": _parti, "hpdv2": _hpdv2}
     return list(readers[layout](path))
+
+
+def refuse_split(layout: str, path: Path, split: str | None) -> None:
+    """ValueError where one is asked for that cannot be told from others."""
+    if split is not None and layout not in WITH_SPLITS:
+        raise ValueError(f"the layout {layout} has no splits; leave split out, and name the file that you want")
+    if split is not None and not path.is_dir():
+        raise ValueError(f"{path} is one file; leave split out, which is for a folder")
 
 
 def _geneval(path: Path) -> Iterator[Row]:
@@ -74,8 +86,8 @@ def _hpdv2(path: Path) -> Iterator[Row]:
                 yield Row(where, Prompt(_text(entry, "prompt", where)))
 
 
-def _pickapic(path: Path) -> Iterator[Row]:
-    for file in parquet_files(path):
+def _pickapic(path: Path, split: str | None) -> Iterator[Row]:
+    for file in parquet_files(path, split):
         for where, values in table_of(file, ["caption"]):
             yield Row(where, Prompt(_text(values, "caption", where)))
 
@@ -102,10 +114,15 @@ def json_list(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path}, entry {n}", entry) for n, entry in enumerate(found)]
 
 
-def parquet_files(path: Path) -> list[Path]:
-    found = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+def parquet_files(path: Path, split: str | None) -> list[Path]:
+    """The file itself, or those of a folder, which must be of one split."""
+    name = "*.parquet" if split is None else f"{split}-*.parquet"
+    found = sorted(path.rglob(name)) if path.is_dir() else [path]
     if not found:
-        raise ValueError(f"{path} holds no .parquet files")
+        raise ValueError(f"{path} holds no {name} files")
+    splits = sorted({file.name.partition("-")[0] for file in found if _OF_SPLIT.match(file.name)})
+    if len(splits) > 1:
+        raise ValueError(f"{path} holds the splits {', '.join(splits)}; set split to one of them")
     return found
 
 
@@ -119,10 +136,14 @@ def _file(path: Path, name: str | None = None) -> Path:
 
 def _cells(path: Path, lines: Any) -> Iterator[tuple[str, dict[str, str]]]:
     """Rows under the header's names in lower case."""
-    header = [name.strip().lower() for name in next(lines, [])]
-    for cells in lines:
-        if any(cell.strip() for cell in cells):
-            yield f"{path}, line {lines.line_num}", dict(zip(header, (cell.strip() for cell in cells), strict=False))
+    try:
+        header = [name.strip().lower() for name in next(lines, [])]
+        for cells in lines:
+            if any(cell.strip() for cell in cells):
+                row = dict(zip(header, (cell.strip() for cell in cells), strict=False))
+                yield f"{path}, line {lines.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {lines.line_num}: {error}; is a quote left open?") from None
 
 
 def _text(values: Any, key: str, where: str) -> str:

@@ -81,8 +81,11 @@ def _is_clause(clause: Any, clauses: int) -> bool:
     if not isinstance(clause, dict) or not isinstance(clause.get("class"), str):
         return False
     position = clause.get("position", ["", 0])
-    related = isinstance(position, list | tuple) and len(position) == 2 and position[1] in range(clauses)
-    return related and isinstance(position[0], str) and isinstance(clause.get("count", 1), int)
+    if not isinstance(position, list | tuple) or len(position) != 2:
+        return False
+    relation, other = position
+    related = isinstance(relation, str) and isinstance(other, int) and other in range(clauses)
+    return related and isinstance(clause.get("color"), str | None) and isinstance(clause.get("count", 1), int)
 
 
 def names(files: Mapping[str, Any]) -> list[Any]:

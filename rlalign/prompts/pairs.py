@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlalign.prompts.files import table_of
-from rlalign.prompts.layouts import json_list, parquet_files
+from rlalign.prompts.layouts import json_list, parquet_files, refuse_split
 from rlalign.prompts.rows import is_number
 
 Recording = dict[str, Any]  # a line of the .jsonl
@@ -20,16 +20,17 @@ Recording = dict[str, Any]  # a line of the .jsonl
 _COLUMNS = ["caption", "jpg_0", "jpg_1", "label_0", "label_1", "has_label"]
 
 
-def recordings(layout: str, path: Path, to: Path) -> Iterator[Recording]:
-    """Lines for a file in the folder ``to``; pictures that stand in tables are written into ``to``/images."""
+def recordings(layout: str, path: Path, to: Path, split: str | None = None) -> Iterator[Recording]:
+    """Lines for the file ``to``; pictures that stand in tables are written beside it, into images/NAME of the file."""
     if not path.exists():
         raise ValueError(f"there is no {path}")
+    if layout not in ("hpdv2", "pickapic"):
+        raise ValueError(f"the layout {layout} has no judged images; those of hpdv2 and pickapic have")
+    refuse_split(layout, path, split)
     if layout == "hpdv2":
         yield from _hpdv2(path)
-    elif layout == "pickapic":
-        yield from _pickapic(path, to / "images")
     else:
-        raise ValueError(f"the layout {layout} has no judged images; those of hpdv2 and pickapic have")
+        yield from _pickapic(path, split, to.parent / "images" / to.stem)
 
 
 def _hpdv2(path: Path) -> Iterator[Recording]:
@@ -54,19 +55,22 @@ def _found(path: Path, name: str, where: str) -> Path:
     return found.absolute()
 
 
-def _pickapic(path: Path, images: Path) -> Iterator[Recording]:
+def _pickapic(path: Path, split: str | None, images: Path) -> Iterator[Recording]:
     images.mkdir(parents=True, exist_ok=True)
     number = 0
-    for file in parquet_files(path):
+    for file in parquet_files(path, split):
         for where, row in table_of(file, _COLUMNS):
             if not row["has_label"]:
                 continue
             if not all(isinstance(row[key], bytes) for key in ("jpg_0", "jpg_1")):
                 raise ValueError(f"{where} has no pictures; take the set with images")
+            scores = [row["label_0"], row["label_1"]]
+            if not isinstance(row["caption"], str) or not all(is_number(score) for score in scores):
+                raise ValueError(f"{where} needs a caption, and numbers as label_0 and label_1")
             names = [f"{number:07d}_{which}.jpg" for which in (0, 1)]
             for which, name in enumerate(names):
                 (images / name).write_bytes(row[f"jpg_{which}"])
-            scores = [row["label_0"], row["label_1"]]
-            metadata = {"images": [f"{images.name}/{name}" for name in names], "scores": scores}
+            places = [f"{images.parent.name}/{images.name}/{name}" for name in names]
+            metadata = {"images": places, "scores": scores}
             yield {"text": row["caption"].strip(), "metadata": metadata}
             number += 1

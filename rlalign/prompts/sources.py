@@ -38,7 +38,9 @@ def contents(config: PromptsConfig) -> dict[str, Any]:
     """
     part: dict[str, Any] = {"train": _digest(config.train), "heldout": _content(config.heldout)}
     if any(config.shares) or config.disjoint:
-        part |= {"test": _content(config.test), "split_seed": config.split_seed, "disjoint": config.disjoint}
+        # A test of its own that may overlap with training decides nothing.
+        test = config.test if config.disjoint or isinstance(config.test, float) else None
+        part |= {"test": _content(test), "split_seed": config.split_seed, "disjoint": config.disjoint}
     if config.weights:
         part["weights"] = json.dumps(config.weights, sort_keys=True)
     return {f"prompts.{key}": value for key, value in part.items()}

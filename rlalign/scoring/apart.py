@@ -6,13 +6,15 @@
 
 The child (`child`) loads the reward and keeps it. It gets pictures as safetensors over a pipe and answers with numbers,
 which are those of the reward called here, to the last bit. A child that dies in a call is replaced and asked again, so
-a kill costs time and no picture; a call that ends several of them one after the other fails. One that hangs is killed:
-nothing is left behind, unlike the thread of a reward in this process. It ends when this process does, however that
-happens.
+a kill costs time and no picture; a call that ends several of them one after the other fails. One that hangs is killed
+with all that it started: nothing is left behind, unlike the thread of a reward in this process. When this process ends,
+however that happens, it ends after the call that it is at.
 """
 
 import json
 import logging
+import os
+import signal
 import subprocess
 import weakref
 from collections.abc import Sequence
@@ -30,10 +32,16 @@ from rlalign.scoring.call import TimedOut
 from rlalign.scoring.config import RewardConfig
 from rlalign.types import Prompt
 
-CHILD = ("-m", "rlalign.scoring.child")
+# The pipes are put aside before the first import: torch and a reward's packages print, and may read.
+CHILD = (
+    "-c",
+    "import os; pipes = os.dup(0), os.dup(1); os.dup2(os.open(os.devnull, os.O_RDONLY), 0); os.dup2(2, 1); "
+    "from rlalign.scoring.child import main; main(*pipes)",
+)
 POISON = 3  # children that a call may end, one after the other
 GRACE_S = 5.0  # what holds Python's lock cannot notice its own timeout
 END_S = 5.0  # for a child to end by itself
+LOAD_S = 3600.0  # for a child to load its reward, which may have to be fetched first
 
 _log = logging.getLogger("rlalign")
 _Process = subprocess.Popen[bytes]
@@ -74,9 +82,11 @@ class Apart:
         except OSError as error:
             raise ValueError(f"{self._python} cannot be started: {error.strerror}") from None
         self._process, self._ended = process, weakref.finalize(self, _end, process)
-        hello = _exchange(process, json.dumps(self._told).encode())
+        hello, late = _within(LOAD_S, process, json.dumps(self._told).encode())
         if hello is None:
             self._end()
+            if late:
+                raise ValueError(f"{self._python} did not load the reward within {LOAD_S:g} s")
             raise ValueError(f"{self._python} ended while it loaded the reward{_why(self._python)}")
         if "refused" in hello:
             self._end()
@@ -93,25 +103,15 @@ class Apart:
         """None when the child died in the call."""
         if self._process is None:
             self._start()
-        process, late = self._process, Event()
+        process = self._process
         assert process is not None
-
-        def give_up() -> None:
-            late.set()
-            process.kill()
-
-        timer = Timer(self._timeout_s + GRACE_S, give_up)
-        timer.start()
-        try:
-            answer = _exchange(process, body)
-        finally:
-            timer.cancel()
-        if answer is None or "timed_out" in answer:
+        answer, late = _within(self._timeout_s + GRACE_S, process, body)
+        if answer is None or "left_behind" in answer:
             self._end()
             _log.warning(
                 "the process of reward %r ended (exit code %d); it is replaced", self._name, process.returncode
             )
-        if answer is None and late.is_set():
+        if answer is None and late:
             raise TimedOut(f"no answer within {self._timeout_s:g} s")
         return answer
 
@@ -128,6 +128,23 @@ def _packed(images: Tensor, prompts: Sequence[Prompt]) -> bytes:
         raise CallFailed(f"a prompt's metadata cannot be sent as JSON: {error}") from None
 
 
+def _within(seconds: float, process: _Process, body: bytes) -> tuple[dict[str, Any] | None, bool]:
+    """The child's answer, None when it is gone, and whether it was killed because it was late."""
+    late = Event()
+
+    def give_up() -> None:
+        late.set()
+        kill(process.pid)
+
+    timer = Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        return _exchange(process, body), late.is_set()
+    finally:
+        timer.cancel()
+
+
 def _exchange(process: _Process, body: bytes) -> dict[str, Any] | None:
     """None when the child is gone."""
     assert process.stdin is not None and process.stdout is not None
@@ -140,16 +157,21 @@ def _exchange(process: _Process, body: bytes) -> dict[str, Any] | None:
 
 
 def _end(process: _Process) -> None:
-    """It ends as its input does, or is killed; waited for, so that no zombie stays."""
+    """It ends as its input does, or is killed, and so is what it started; waited for, so that no zombie stays."""
     assert process.stdin is not None and process.stdout is not None
     with suppress(OSError):  # what was not sent yet cannot be sent
         process.stdin.close()
-    try:
+    with suppress(subprocess.TimeoutExpired):
         process.wait(END_S)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    kill(process.pid)
+    process.wait()
     process.stdout.close()
+
+
+def kill(pid: int) -> None:
+    """A child and what it started, a pool of processes for instance: its session is one group."""
+    with suppress(ProcessLookupError, PermissionError):  # none is left; of zombies alone, in macOS's words
+        os.killpg(pid, signal.SIGKILL)
 
 
 def _why(python: Path) -> str:

@@ -33,6 +33,7 @@ def spends(error: BaseException) -> bool:
     return full or isinstance(error, LeftBehind | MemoryError)
 
 
+_CANCEL_S = 1.0
 _FULL = ("DefaultCPUAllocator", "can't start new thread")
 
 
@@ -41,6 +42,8 @@ def call(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Answer:
     config = reward.config
     if config.apart:  # it keeps its time, which a thread cannot: loading anew may take longer than a call
         return checked(reward.function(images, prompts), len(prompts))
+    # The clock of a coroutine starts a moment later, and it takes a moment to end.
+    spare = _CANCEL_S if _is_coroutine(reward.function) else 0.0
     pictures = images / 255 if reward.differentiable else images
 
     def work() -> object:
@@ -48,11 +51,11 @@ def call(reward: Reward, images: Tensor, prompts: Sequence[Prompt]) -> Answer:
             result = reward.function(pictures, prompts)
         return asyncio.run(_awaited(result, config.timeout_s)) if inspect.isawaitable(result) else result
 
-    return checked(within(config.timeout_s, work, f"reward {config.name}"), len(prompts))
+    return checked(within(config.timeout_s, work, f"reward {config.name}", spare), len(prompts))
 
 
-def within(seconds: float, work: Callable[[], object], name: str) -> object:
-    """What `work` returns or raises in a thread called `name`; `LeftBehind` if it is late."""
+def within(seconds: float, work: Callable[[], object], name: str, spare: float = 0.0) -> object:
+    """What `work` returns or raises in a thread called `name`; `LeftBehind` if it is late, and not ended in `spare`."""
     outcome: queue.SimpleQueue[tuple[object, BaseException | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -63,7 +66,7 @@ def within(seconds: float, work: Callable[[], object], name: str) -> object:
 
     threading.Thread(target=run, name=name, daemon=True).start()  # daemon: what hangs must not hold up the exit
     try:
-        result, error = outcome.get(timeout=seconds)
+        result, error = outcome.get(timeout=seconds + spare)
     except queue.Empty:
         raise LeftBehind(f"no answer within {seconds:g} s; its thread {name!r} is left behind") from None
     if isinstance(error, Exception):
@@ -71,6 +74,10 @@ def within(seconds: float, work: Callable[[], object], name: str) -> object:
     if error is not None:  # SystemExit and its like end the program, which is not a reward's business
         raise CallFailed(f"it raised {type(error).__name__}") from error
     return result
+
+
+def _is_coroutine(function: Callable[..., object]) -> bool:
+    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(type(function).__call__)
 
 
 async def _awaited(result: Awaitable[Any], seconds: float) -> object:

@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -95,9 +96,18 @@ def default_name(use: str) -> str:
 
 
 def check_rewards(rewards: Sequence[RewardConfig]) -> None:
-    """ValueError unless the list can train something and every curve has a name of its own."""
+    """ValueError unless the list can train something, and every curve has a name and every environment one list."""
     repeated = [name for name, count in Counter(reward.name for reward in rewards).items() if count > 1]
     if repeated:
         raise ValueError(f"two rewards are called {repeated[0]!r}; give one of them another `name`")
+    lists: dict[Path, tuple[str, ...]] = {}
+    for reward in rewards:
+        if reward.venv is None or reward.pip is None:
+            continue
+        if lists.setdefault(Path(reward.venv), reward.pip) != reward.pip:
+            raise ValueError(
+                f"two lists of packages would be installed into {reward.venv}; give each a venv of its own, or both "
+                "one list"
+            )
     if not any(reward.role == "train" for reward in rewards):
         raise ValueError("no reward has the role train, so there is nothing to optimise; give one the role train")

@@ -30,7 +30,7 @@ def interpreter(venv: Path | None, packages: Sequence[str] | None) -> Path:
     ValueError where there is none and no packages to make it with.
     """
     if packages is not None:
-        folder = venv or _home() / "environments" / hashlib.sha256(json.dumps([*packages]).encode()).hexdigest()[:16]
+        folder = venv or _home() / "environments" / _name(packages)
         with _locked(folder):
             return python_of(folder, packages)
     assert venv is not None
@@ -51,6 +51,7 @@ def python_of(folder: Path, packages: Sequence[str]) -> Path:
         return python
     if not python.exists():
         _run("make the environment", sys.executable, "-m", "venv", str(folder))
+    stamp.unlink(missing_ok=True)  # of what is true no more as soon as pip begins
     pip = (str(python), "-m", "pip", "install", "--disable-pip-version-check", "--quiet")
     _run("install the reward's packages", *pip, *wanted["needed"], *packages)
     _run("install rlalign", *pip, "--no-deps", *wanted["rlalign"])
@@ -62,6 +63,12 @@ def ourselves() -> list[str]:
     """What pip is told to install this very rlalign: the folder that it stands in, or the release."""
     source = Path(rlalign.__file__).parents[1]
     return ["-e", str(source)] if (source / "pyproject.toml").is_file() else [f"rlalign=={rlalign.__version__}"]
+
+
+def _name(packages: Sequence[str]) -> str:
+    """Others for other Pythons and other clones of rlalign, whose runs would take the environment from each other."""
+    told = [[*packages], ourselves(), [*sys.version_info[:2]]]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _program(folder: Path) -> Path:

@@ -15,11 +15,6 @@ def reward_sum(rewards: Sequence[Reward]) -> Callable[[Tensor, Sequence[Prompt]]
     """
     trained = [reward for reward in rewards if reward.config.role == "train"]
     for reward in trained:
-        if reward.config.apart:
-            raise ValueError(
-                f"reward {reward.config.name!r} has an environment of its own, out of which no gradient comes: leave "
-                "venv and pip out, give it role: monitor, or choose an algorithm that needs no gradient"
-            )
         if not reward.differentiable or reward.groupwise:
             raise ValueError(
                 f"reward {reward.config.name!r} has no gradient, which this algorithm needs: mark it @differentiable "

@@ -27,7 +27,7 @@ class ServeConfig(Settings):
     fill: bool = False
     """Fill calls up to batch_size with copies of their last picture: numbers then do not depend on who else asks."""
     timeout_s: float = Field(default=60.0, gt=0)
-    """A call that takes longer is given up, and its worker replaced."""
+    """A call that takes longer is given up, and its worker replaced unless it was a coroutine, which is cancelled."""
     max_mb: float = Field(default=64.0, gt=0)
     """A longer request is refused."""
     max_pictures: int = Field(default=1024, ge=1)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from rlalign.scoring import RewardConfig, frames, wire
-from rlalign.scoring.apart import CHILD, END_S, GRACE_S, POISON
+from rlalign.scoring.apart import CHILD, END_S, GRACE_S, LOAD_S, POISON, kill
 from rlalign.serving.batches import Columns, Job, Outcome, Queue, Refusal
 from rlalign.serving.config import ServeConfig
 from rlalign.serving.meters import Meters
@@ -104,9 +104,10 @@ class Crew:
             "threads": self.config.threads,
         }
         try:
-            hello = await self._exchange(process, json.dumps(told).encode())
-        except asyncio.CancelledError:  # while it still imports and loads, which can take long
-            process.kill()
+            async with asyncio.timeout(LOAD_S):
+                hello = await self._exchange(process, json.dumps(told).encode())
+        except (asyncio.CancelledError, TimeoutError):  # while it still imports and loads, which can take long
+            kill(process.pid)
             raise
         if "refused" in hello:
             raise ValueError(hello["refused"])
@@ -114,20 +115,18 @@ class Crew:
         self.meters.workers.set(len(self._up))
 
     async def _end(self, number: int) -> int | None:
-        """Its input ends, so it does after the call that it is at; its exit code."""
+        """Its input ends, so it does after the call that it is at, and what it started with it; its exit code."""
         process = self._up.pop(number, None)
         self.meters.workers.set(len(self._up))
         if process is None:
             return None
         assert process.stdin is not None
         process.stdin.close()
-        try:
+        with suppress(TimeoutError):
             async with asyncio.timeout(END_S):
-                return await process.wait()
-        except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            return await process.wait()
+                await process.wait()
+        kill(process.pid)
+        return await process.wait()  # which returns when nobody holds the pipes any more
 
     async def _keep(self, number: int) -> None:
         """One worker after the other, until too many of them died in a row."""
@@ -178,13 +177,13 @@ class Crew:
                     return finished
                 outcome = await self._ask(process, take.result())
                 finished = finished or outcome != "died"
-                if outcome in ("died", "timed_out"):
+                if outcome in ("died", "left_behind"):
                     return finished
         finally:
             gone.cancel()
 
     async def _ask(self, process: Process, batch: list[Job]) -> str:
-        """One call and what becomes of it: scored, raised, timed_out or died."""
+        """One call and what becomes of it: scored, raised, timed_out, left_behind (timed out for good) or died."""
         started, pictures = time.monotonic(), sum(len(job.images) for job in batch)
         body = await asyncio.to_thread(self._packed, batch)
         self.meters.batch.observe(pictures)
@@ -192,15 +191,15 @@ class Crew:
             async with asyncio.timeout(self.config.timeout_s + GRACE_S):
                 answer = await self._exchange(process, body)
         except TimeoutError:
-            with suppress(ProcessLookupError):
-                process.kill()
-            answer: dict[str, Any] = {"error": f"no answer within {self.config.timeout_s:g} s", "timed_out": True}
+            kill(process.pid)
+            late = {"timed_out": True, "left_behind": True}
+            answer: dict[str, Any] = {"error": f"no answer within {self.config.timeout_s:g} s", **late}
         except DEAD:
             answer = {"died": True}
-        outcome = next(kind for kind in ("columns", "timed_out", "died", "error") if kind in answer)
+        outcome = next(kind for kind in ("columns", "left_behind", "timed_out", "died", "error") if kind in answer)
         outcome = {"columns": "scored", "error": "raised"}.get(outcome, outcome)
         self.meters.call_seconds.observe(time.monotonic() - started)
-        self.meters.calls.labels(outcome).inc()
+        self.meters.calls.labels({"left_behind": "timed_out"}.get(outcome, outcome)).inc()
         if outcome == "scored":
             self.meters.pictures.inc(pictures)
             self._hand_out(batch, answer["columns"])

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from rlalign.scoring import RewardError
 from tests.evaluation.networks import clip_folder
 from tests.runs import Done, call, run_file, without_pages
 from tests.tiny import sd3_folder
@@ -58,7 +59,7 @@ def test_training_moves_the_pictures_away_from_the_bases(here: Path, capsys: Cap
 def test_pictures_of_a_folder(here: Path, capsys: Capture):
     """Of any size; those of the model itself are nearer than noise."""
     call(capsys, "sample", "run.yaml", *SETTINGS, "--num", "4", "--steps", "2", "--to", "own")
-    Path("own/grid.png").unlink()
+    assert Path("own/grid.png").exists()  # which is no picture of the model's
     generator = torch.Generator().manual_seed(0)
     Path("noise").mkdir()
     for number in range(8):
@@ -69,11 +70,45 @@ def test_pictures_of_a_folder(here: Path, capsys: Capture):
     assert near["kid"] < far["kid"] and near["fid"] < far["fid"]
 
 
-def test_what_is_wrong_is_said_before_anything_is_loaded(here: Path, capsys: Capture):
+def test_every_evaluation_has_its_folder_and_says_its_settings(here: Path, capsys: Capture):
+    for name in ("exp.a", "exp.b"):
+        assert call(capsys, "train", "run.yaml", *SETTINGS, "--run-dir", f"runs/{name}").code == 0
+    changed = ["evaluation.guidance_scale=4.5", "evaluation.num_steps=3"]
+    for arguments in (["runs/exp.a"], ["runs/exp.a/", *changed], ["runs/exp.b"]):
+        assert call(capsys, "evaluate", *arguments).code == 0
+    folders = sorted(path.name for path in Path("evaluations").iterdir())
+    assert folders == ["exp.a_step_000002", "exp.a_step_000002_2", "exp.b_step_000002"]
+    plain, other = (json.loads(Path("evaluations", name, "metrics.json").read_text()) for name in folders[:2])
+    assert other["overrides"] == changed and plain["overrides"] == []
+    told = other["evaluation"]
+    assert (told["guidance_scale"], told["num_steps"], told["solver"]) == (4.5, 3, "euler")
+    assert plain["evaluation"]["guidance_scale"] == 1
+
+
+def test_a_late_failure_leaves_the_evaluation(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    def broken(*arguments: Any) -> None:
+        raise RewardError("a GPU went away")
+
+    monkeypatch.setattr("rlalign.commands.evaluate.base_pictures", broken)
+    done = call(capsys, "evaluate", "run.yaml", *SETTINGS, "--to", "out", "--features", "clip")
+    assert done.code == 2 and done.complaints == ["a GPU went away"]
+    assert "reward/mean" in json.loads(Path("out/metrics.json").read_text()) and Path("out/grid.png").exists()
+
+
+def test_what_is_wrong_is_said_before_anything_is_loaded(here: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlalign.commands.evaluate.build", lambda config: pytest.fail("it was loaded"))
     (here / "empty").mkdir()
+    for folder, number in (("few", 3), ("damaged", 4)):
+        (here / folder).mkdir()
+        for which in range(number):
+            Image.new("RGB", (8, 8)).save(here / folder / f"{which}.png")
+    (here / "damaged" / "1.png").write_bytes(b"no")
     for arguments, words in (
         (["--reference", "base"], "--features PATH"),
         (["--features", "clip", "--reference", "empty"], "no pictures in that folder"),
+        (["--features", "clip", "--reference", "few"], "need 4 pictures of each kind or more, and there are 3"),
+        (["--features", "clip", "evaluation={num_images: 2, samples_per_prompt: 2}"], "and there are 2"),
+        (["--features", "clip", "--reference", "damaged"], "damaged/1.png"),
         (["--features", "tiny"], "is no network"),
     ):
         done = call(capsys, "evaluate", "run.yaml", *SETTINGS, *arguments)

@@ -67,6 +67,12 @@ def test_show_a_file(capsys: Capture) -> None:
         assert words in done.out, words
 
 
+def test_show_a_file_of_which_nothing_is_drawn(capsys: Capture) -> None:
+    Path("p.jsonl").write_text('{"text": "a", "weight": 0}\n{"text": "b", "weight": 0}')
+    done = call(capsys, "prompts", "show", "p.jsonl")
+    assert done.code == 0 and "at step 0: nothing, since all weights are 0" in done.out
+
+
 def test_show_a_run(capsys: Capture) -> None:
     Path("heldout.txt").write_text("d\nA\n")
     done = call(capsys, "prompts", "show", "run.yaml")
@@ -113,6 +119,7 @@ def test_a_run_by_weights_goes_on_as_if_it_had_not_stopped(weights: str, capsys:
         (["generate", "poems", "--to", "t.jsonl"], "poems"),
         (["convert", "partii", "x", "--to", "t.jsonl"], "did you mean 'parti'"),
         (["convert", "parti", "x", "--to", "t.jsonl"], "there is no x"),
+        (["convert", "parti", "train.txt", "--to", "t.jsonl", "--split", "val"], "the layout parti has no splits"),
         (["convert", "parti", "train.txt", "--to", "t.jsonl", "--pairs"], "has no judged images"),
     ],
 )

@@ -40,6 +40,7 @@ JUDGES = {"unified_reward", "vlm_judge", "vlm_win_rate"}
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "nsfw with real weights": ("nsfw", {"model": "open_nsfw"}),
+    "ocr of scenes": ("ocr", {"detect": True}),
     "vlm_judge by probability": ("vlm_judge", {"mode": "yes_no"}),
 }
 """Another name: a reward with these options."""
@@ -213,7 +214,7 @@ def test_it_climbs_along_its_gradient(reward: Reward) -> None:
 
 
 def test_it_says_its_scale_and_how_it_is_hacked(reward: Reward) -> None:
-    about = inspect.getdoc(reward.function) or ""
+    about = inspect.getdoc(getattr(reward.function, "func", reward.function)) or ""  # beneath a partial
     wanted = (
         ("Score:", "Known hacks:") if reward.config.name in BARE else ("Model:", "Score:", "Licence:", "Known hacks:")
     )

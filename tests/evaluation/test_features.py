@@ -79,6 +79,9 @@ def test_inception_leaves_padding_out_of_averages_and_ends_with_a_maximum(incept
 def test_what_is_no_network_is_said_to_be_none(tmp_path: Path, inception: Path):
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "config.json").write_text('{"model_type": "vit"}')
+    for name, content in (("broken", "{"), ("list", "[]")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(content)
     (tmp_path / "clip").mkdir()
     (tmp_path / "clip" / "config.json").write_text('{"model_type": "clip"}')
     (tmp_path / "text.safetensors").write_text("no")
@@ -86,6 +89,8 @@ def test_what_is_no_network_is_said_to_be_none(tmp_path: Path, inception: Path):
     for name, words in {
         "none.safetensors": "there is no file",
         "empty": "is no network",
+        "broken": r"broken/config\.json is not JSON",
+        "list": "a model of type None",
         "vit": "'vit'; it can be clip or clip_vision_model or dinov2",
         "clip": "cannot be read",
         "text.safetensors": "not a safetensors file",

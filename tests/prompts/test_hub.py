@@ -76,6 +76,9 @@ def test_what_was_saved_to_disk(folder: Path, tmp_path: Path) -> None:
     text = {"text": "caption"}
     kites = [Prompt("a kite"), Prompt("a dog"), Prompt("two dogs")]
     assert prompts_in(Source(dataset=str(tmp_path / "one"), columns=text)) == kites
+    assert prompts_in(Source(dataset=str(tmp_path / "one"), split="train", columns=text)) == kites
+    with pytest.raises(ValueError, match="one is one split, train, not val; leave split out"):
+        prompts_in(Source(dataset=str(tmp_path / "one"), split="val", columns=text))
     assert prompts_in(Source(dataset=str(tmp_path / "two"), split="tiny", columns=text)) == kites
     with pytest.raises(ValueError, match="has no split val, but train, tiny"):
         prompts_in(Source(dataset=str(tmp_path / "two"), split="val", columns=text))

@@ -89,13 +89,48 @@ def test_pickapic(tmp_path: Path) -> None:
 
 
 def test_pairs_of_pickapic(tmp_path: Path) -> None:
-    found = list(recordings("pickapic", pickapic(tmp_path), tmp_path))
-    names = [["images/0000000_0.jpg", "images/0000000_1.jpg"], ["images/0000001_0.jpg", "images/0000001_1.jpg"]]
+    found = list(recordings("pickapic", pickapic(tmp_path), tmp_path / "own.jsonl"))
+    names = [[f"images/own/000000{row}_{which}.jpg" for which in (0, 1)] for row in (0, 1)]
     assert found == [
         {"text": "a fox", "metadata": {"images": names[0], "scores": [1.0, 0.0]}},
         {"text": "a fox", "metadata": {"images": names[1], "scores": [0.5, 0.5]}},
     ]
     assert [(tmp_path / name).read_bytes() for name in names[1]] == [b"zero", b"one"]
+    (other, _) = recordings("pickapic", tmp_path, tmp_path / "other.jsonl")
+    assert other["metadata"]["images"] == ["images/other/0000000_0.jpg", "images/other/0000000_1.jpg"]
+
+
+@pytest.mark.parametrize("split", ["validation", "test_unique"])
+def test_a_split_of_pickapic(tmp_path: Path, split: str) -> None:
+    table = arrow.table({"caption": ["an owl"], "jpg_0": [b""], "jpg_1": [b""], "label_0": [1.0], "label_1": [0.0]})
+    table = table.append_column("has_label", arrow.array([True]))
+    parquet.write_table(table, pickapic(tmp_path) / "data" / f"{split}-00000.parquet")
+    parquet.write_table(table, tmp_path / "data" / f"{split}_more-00000.parquet")
+    assert prompts_in("pickapic", tmp_path, split) == [Prompt("an owl")]
+    assert len(prompts_in("pickapic", tmp_path, "train")) == 3
+    assert [line["text"] for line in recordings("pickapic", tmp_path, tmp_path / "a.jsonl", split)] == ["an owl"]
+    with pytest.raises(ValueError, match="set split to one of them"):
+        prompts_in("pickapic", tmp_path)
+    with pytest.raises(ValueError, match=r"holds no val-\*\.parquet files"):
+        prompts_in("pickapic", tmp_path, "val")
+
+
+def test_a_split_where_there_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a jar")
+    with pytest.raises(ValueError, match="the layout parti has no splits; leave split out"):
+        prompts_in("parti", tmp_path, "val")
+    with pytest.raises(ValueError, match=r"p\.txt is one file; leave split out"):
+        prompts_in("t2i_compbench", tmp_path / "p.txt", "val")
+    with pytest.raises(ValueError, match="the layout hpdv2 has no splits"):
+        list(recordings("hpdv2", tmp_path, tmp_path / "a.jsonl", "val"))
+
+
+@pytest.mark.parametrize("row", [{"caption": None}, {"label_1": None}])
+def test_pairs_of_pickapic_without_caption_or_label_are_named(tmp_path: Path, row: dict[str, None]) -> None:
+    whole = {"caption": "a fox", "jpg_0": b"", "jpg_1": b"", "label_0": 1.0, "label_1": 0.0, "has_label": True}
+    parquet.write_table(arrow.Table.from_pylist([whole, whole | row]), tmp_path / "p.parquet")
+    with pytest.raises(ValueError, match="row 1 needs a caption, and numbers as label_0 and label_1"):
+        list(recordings("pickapic", tmp_path, tmp_path / "a.jsonl"))
 
 
 def test_pairs_of_hpdv2(tmp_path: Path) -> None:
@@ -104,15 +139,15 @@ def test_pairs_of_hpdv2(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"")
     entry = {"prompt": "a fox", "file_path": ["a.jpg", "b.jpg"], "human_preference": [0, 1], "user_hash": "x"}
     (tmp_path / "train.json").write_text(json.dumps([entry]))
-    (found,) = recordings("hpdv2", tmp_path / "train.json", tmp_path)
+    (found,) = recordings("hpdv2", tmp_path / "train.json", tmp_path / "a.jsonl")
     images = [str(tmp_path / "train" / name) for name in ("a.jpg", "b.jpg")]
     assert found == {"text": "a fox", "metadata": {"images": images, "scores": [0, 1]}}
     (tmp_path / "test.json").write_text(json.dumps([{"prompt": "a fox", "image_path": ["c.jpg"], "rank": [3]}]))
-    (ranked,) = recordings("hpdv2", tmp_path / "test.json", tmp_path)
+    (ranked,) = recordings("hpdv2", tmp_path / "test.json", tmp_path / "a.jsonl")
     assert ranked["metadata"] == {"images": [str(tmp_path / "c.jpg")], "scores": [-3]}
     (tmp_path / "c.jpg").unlink()
     with pytest.raises(ValueError, match="there is no image"):
-        list(recordings("hpdv2", tmp_path / "test.json", tmp_path))
+        list(recordings("hpdv2", tmp_path / "test.json", tmp_path / "a.jsonl"))
 
 
 @pytest.mark.parametrize(
@@ -122,6 +157,7 @@ def test_pairs_of_hpdv2(tmp_path: Path) -> None:
         ("geneval", '{"include": [], "prompt": ""}', "line 1 has no text under 'prompt'"),
         ("geneval", "{", "line 1 is not JSON"),
         ("drawbench", "a,b\n1,2\n", "no text under 'prompts'; is that the right layout"),
+        ("drawbench", f'Prompts\na "{"x" * 99}\n"b{"x" * 2**17}', "line 3: field larger .*; is a quote left open"),
         ("parti", "Category\nx\n", "no text under 'prompt'"),
         ("hpdv2", '{"a": 1}', "holds no JSON list"),
         ("hpdv2", "[3]", "entry 0 has no text under 'prompt'"),
@@ -138,10 +174,10 @@ def test_what_is_laid_out_otherwise_is_named(tmp_path: Path, layout: str, conten
 def test_missing_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no"):
         prompts_in("geneval", tmp_path / "nowhere")
-    for layout, words in (("geneval", "no file"), ("hpdv2", "no file"), ("pickapic", "no .parquet")):
+    for layout, words in (("geneval", "no file"), ("hpdv2", "no file"), ("pickapic", r"no \*\.parquet")):
         with pytest.raises(ValueError, match=words):
             prompts_in(layout, tmp_path)
     with pytest.raises(ValueError, match=r"no CATEGORY_val\.txt"):
         prompts_in("t2i_compbench", tmp_path, "val")
     with pytest.raises(ValueError, match="has no judged images"):
-        list(recordings("parti", tmp_path, tmp_path))
+        list(recordings("parti", tmp_path, tmp_path / "a.jsonl"))

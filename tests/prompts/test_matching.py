@@ -50,6 +50,12 @@ def test_other_wishes(one: Prompt, other: Prompt) -> None:
     assert identity(one) != identity(other) and not shared([one], [other])
 
 
+@pytest.mark.parametrize("more", [{"color": ["red", "brown"]}, {"position": ["above", 0.0]}, {"position": "above"}])
+def test_metadata_of_others_is_left_alone(more: dict[str, object]) -> None:
+    strange = asking({"class": "dog", **more}, text="a dog")
+    assert identity(strange) == identity(Prompt("a dog")) != identity(asking({"class": "dog"}, text="a dog"))
+
+
 def test_a_text_of_nothing_but_punctuation_is_itself() -> None:
     assert plain(" ?! ") == "?!"
 

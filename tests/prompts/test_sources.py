@@ -100,6 +100,11 @@ def test_keys_that_are_left_out_are_not_hashed(run: Path) -> None:
     assert set(contents(load(run).prompts)) == {"prompts.train", "prompts.heldout"}
     plain = hashes(run)
     assert hashes(run, f"prompts.test={run.parent}/heldout.txt") == plain  # nothing of training depends on it
+    (run.parent / "test.txt").write_text("one")
+    told, disjoint = ["prompts.heldout=0.5", f"prompts.test={run.parent}/test.txt"], "prompts.disjoint=true"
+    before = hashes(run, *told), hashes(run, *told, disjoint)
+    (run.parent / "test.txt").write_text("two")
+    assert hashes(run, *told) == before[0] and hashes(run, *told, disjoint) != before[1]
     changed = {
         hashes(run, "prompts.heldout=0.5"),
         hashes(run, "prompts.heldout=0.5", "prompts.split_seed=1"),

@@ -32,6 +32,19 @@ def asks(text: str) -> Prompt:
     return Prompt(f'the text "{text}"', metadata={"text": text})
 
 
+def scene(*lines: str, points: int = 24) -> Tensor:
+    """A coloured scene of 512 x 512 with a sign in a corner. uint8 [3, 512, 512]"""
+    ramp = np.linspace(60, 200, 512)
+    colours = np.stack(np.broadcast_arrays(ramp[:, None], ramp[None], 255 - ramp[:, None]), -1).astype(np.uint8)
+    picture = Image.fromarray(colours)
+    draw = ImageDraw.Draw(picture)
+    draw.ellipse((40, 60, 220, 240), fill=(200, 60, 40))
+    draw.rectangle((300, 400, 490, 490), fill=(240, 235, 220))
+    for number, line in enumerate(lines):
+        draw.text((315, 408 + 40 * number), line, font=ImageFont.load_default(points), fill=(30, 30, 30))
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+
+
 WORDS = ["42", "995", "5", "CAT", "SUN", "KEY", "108", "MAP", "FOX", "361"]
 
 
@@ -65,6 +78,35 @@ def test_readings_do_not_depend_on_the_batch() -> None:
     alone = [read(image[None])[0] for image in images]
     assert read(images) == alone
     assert read(images.flip(0)) == alone[::-1]
+
+
+SIGNS = [("OPEN", "24 HOURS"), ("Summer Sale",), ("hello",), ()]
+
+
+def test_text_in_a_corner_of_a_scene_is_found() -> None:
+    images, asked = torch.stack([scene(*lines) for lines in SIGNS[:3]]), [" ".join(lines) for lines in SIGNS[:3]]
+    prompts = [asks(text) for text in asked]
+    assert ocr(images, prompts, detect=True)["score"].tolist() == [1.0] * 3
+    assert ocr(images, prompts)["score"].max() < 0.3
+    wrong = ocr(images, [asks("CLOSED 12-6"), asks("Winter Fair"), asks("jelly")], detect=True)["score"]
+    assert wrong.max() < 0.7 and ocr(scene()[None], [asks("hello")], detect=True)["score"].item() < 0.3
+
+
+def test_what_is_found_does_not_depend_on_the_batch() -> None:
+    images = torch.stack([scene(*lines) for lines in SIGNS])
+    assert read(images, detect=True) == [read(image[None], detect=True)[0] for image in images]
+
+
+@pytest.mark.parametrize(
+    ("text", "score", "exact"), [("OPEN", 1, 0), ("OPEN 24 HOURS", 1, 1), ("OPEN 25 HOUR", 0.8, 0)]
+)
+def test_with_detection_more_than_the_asked_text_costs_nothing(
+    text: str, score: float, exact: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in Flow-GRPO."""
+    monkeypatch.setattr(module, "read", lambda images, detect: ["OPEN 24 HOURS"])
+    found = ocr(written("")[None], [asks(text)], detect=True)
+    assert found["score"].item() == pytest.approx(score) and found["exact"].item() == exact
 
 
 @pytest.mark.parametrize(
@@ -126,7 +168,7 @@ def test_the_recogniser_is_made_once_from_the_wheels_own_weights(monkeypatch: py
 
     monkeypatch.setattr("socket.socket.connect", no_network)
     module._recogniser.cache_clear()
-    assert read(written("995")[None]) == ["995"]
+    assert read(written("995")[None]) == ["995"] == read(written("995", (64, 64), 30)[None], detect=True)
     assert module._recogniser() is module._recogniser()
 
 

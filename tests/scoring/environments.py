@@ -6,7 +6,7 @@ import sysconfig
 from pathlib import Path
 
 REWARDS = '''
-import os, signal, sys, time
+import asyncio, ctypes, multiprocessing, os, signal, sys, time
 from pathlib import Path
 
 from palette import SHADE
@@ -37,9 +37,29 @@ class Counted:
             time.sleep(3600)
         if order == "die":
             os.kill(os.getpid(), signal.SIGKILL)
+        if order == "fork and die once" and not (self.folder / "helpers").exists():
+            helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+            helper.start()
+            (self.folder / "helpers").write_text(str(helper.pid))
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == "fork in C and die":
+            if helper := ctypes.CDLL(None).fork():
+                (self.folder / "helpers").write_text(str(helper))
+                os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(3600)
+        if order == "fill memory once" and not (self.folder / "filled").exists():
+            (self.folder / "filled").touch()
+            raise MemoryError
+        if order == "fill memory":
+            raise MemoryError
         if order == "die once" and not (self.folder / "died").exists():
             (self.folder / "died").touch()
             os.kill(os.getpid(), signal.SIGKILL)
+
+async def late(images, prompts):
+    if prompts[0].text == "hang":
+        await asyncio.sleep(3600)
+    return [os.getpid()] * len(images)
 
 @groupwise
 def rank(images, prompts):

@@ -16,8 +16,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from rlalign.scoring import Reward, RewardConfig, RewardError, Scoring, apart, environment, load_reward, load_rewards
-from rlalign.scoring.gradients import reward_sum
+from rlalign.scoring import RewardConfig, RewardError, Scoring, apart, environment, load_reward, load_rewards
 from rlalign.types import Prompt, Unit
 from tests.scoring import environments
 from tests.scoring.helpers import numbered_images
@@ -136,6 +135,57 @@ def test_what_the_reward_raises_is_one_sentence(folder: Path, tmp_path: Path) ->
         engine.score(numbered_images(2), Unit(7, (0,), (Prompt("a cat", metadata={"what": object()}),), samples=2))
 
 
+@pytest.mark.parametrize("order", ["fork and die once", "fork in C and die"])
+def test_what_a_dead_child_had_started_holds_nothing_up(
+    folder: Path, tmp_path: Path, order: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(apart, "GRACE_S", 0.2)
+    monkeypatch.setattr(apart, "END_S", 0.2)
+    engine = counted(folder, tmp_path, batch_size=2, timeout_s=1.0, on_failure="drop_group", min_group_size=1)
+    python = "in C" not in order  # which lets go of the pipes, so that the death is seen at once
+    assert engine.score(*asked(order, "a cat")).valid.tolist() == [[python, python], [True, True]]
+    assert engine.stats()["runtime/reward/Counted/timeouts"] == (not python)
+    helper = int((tmp_path / "helpers").read_text())
+    assert not psutil.pid_exists(helper) or psutil.Process(helper).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_child_that_has_become_full_is_replaced_and_a_fresh_one_is_not(folder: Path, tmp_path: Path) -> None:
+    engine = counted(folder, tmp_path, batch_size=2)
+    scores = engine.score(*asked("a cat", "fill memory once"))
+    assert scores.valid.all() and scores.rewards["Counted"].details["pid"].unique().numel() == 2
+    assert engine.stats()["runtime/reward/Counted/errors"] == 0
+    with pytest.raises(RewardError, match="MemoryError"):
+        engine.score(*asked("fill memory"))
+
+
+def test_a_coroutine_that_is_late_costs_no_child(folder: Path) -> None:
+    late = load_reward(settings("late", timeout_s=0.3), folder).function
+    images, calm = numbered_images(2), [Prompt("a cat")] * 2
+    before = late(images, calm)["score"]  # type: ignore[index]
+    with pytest.raises(apart.TimedOut, match=r"no answer within 0\.3 s$"):
+        late(images, [Prompt("hang")] * 2)
+    assert late(images, calm)["score"] == before  # type: ignore[index]
+
+
+def test_a_child_that_never_loads_is_given_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = counted(folder, tmp_path)
+    scores = engine.score(*asked("a cat"))
+    psutil.Process(int(scores.rewards["Counted"].details["pid"][0, 0])).kill()
+    monkeypatch.setattr(apart, "LOAD_S", 0.1)
+    with pytest.raises(RewardError, match=r"venv/bin/python did not load the reward within 0\.1 s"):
+        engine.score(*asked("a cat"))
+
+
+def test_what_is_printed_or_read_while_it_starts_stays_out_of_the_pipes(tmp_path: Path) -> None:
+    package = tmp_path / "rlalign" / "scoring"
+    package.mkdir(parents=True)
+    (tmp_path / "rlalign" / "__init__.py").touch()
+    (package / "__init__.py").write_text("print('welcome to torch', input.__name__, open(0).read())")
+    (package / "child.py").write_text("import os\ndef main(source, target): os.write(target, os.read(source, 5))")
+    done = subprocess.run([sys.executable, *apart.CHILD], cwd=tmp_path, input=b"hello", capture_output=True)
+    assert (done.stdout, done.stderr) == (b"hello", b"welcome to torch input \n")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -179,8 +229,33 @@ def test_packages_make_an_environment_where_it_is_named_or_below_home(
     wanted = [["hpsv2", "transformers<5"], ["hpsv2", "transformers<5"], []]
     first, again, other = (environment.interpreter(None, packages).parents[1] for packages in wanted)
     assert first == again != other and first.parent == other.parent == tmp_path / "home" / "environments"
+    monkeypatch.setattr(environment, "ourselves", lambda: ["-e", "/another/clone"])
+    assert environment.interpreter(None, []).parents[1] != other
+    made.pop()
     environment.interpreter(tmp_path / "mine", ["hpsv2"])
     assert made == [(first, wanted[0]), (first, wanted[0]), (other, []), (tmp_path / "mine", ["hpsv2"])]
+
+
+def test_an_environment_whose_change_broke_off_is_made_up_to_date(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if what it should hold is what it held before."""
+    installed: list[str] = []
+
+    def run(what: str, *command: str) -> None:
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / "python").touch()
+        installed.append(command[-1])
+        if command[-1] == "broken":
+            raise ValueError("pip ended")
+
+    monkeypatch.setattr(environment, "_run", run)
+    environment.python_of(tmp_path, ["hpsv2"])
+    with pytest.raises(ValueError, match="pip ended"):
+        environment.python_of(tmp_path, ["broken"])
+    assert installed.count("hpsv2") == 1
+    environment.python_of(tmp_path, ["hpsv2"])
+    assert installed.count("hpsv2") == 2
 
 
 def test_what_goes_nowhere_is_refused() -> None:
@@ -188,8 +263,6 @@ def test_what_goes_nowhere_is_refused() -> None:
         RewardConfig(use="http://host/beauty", pip=("hpsv2",))
     with pytest.raises(ValidationError):
         RewardConfig(use="ocr", venv="")
-    with pytest.raises(ValueError, match="has an environment of its own, out of which no gradient comes"):
-        reward_sum([Reward(RewardConfig(use="saturation", venv="venv"), lambda images, prompts: images.mean())])
 
 
 def test_it_ends_when_its_parent_is_killed(folder: Path, tmp_path: Path) -> None:

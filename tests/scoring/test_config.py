@@ -66,4 +66,8 @@ def test_names_are_unique_and_something_is_trained() -> None:
         check_rewards([ocr, curve])
     with pytest.raises(ValueError, match="no reward has the role train"):
         check_rewards([curve])
+    one, other = (RewardConfig(use=use, venv="env", pip=(use,)) for use in ("a:b", "a:c"))
+    with pytest.raises(ValueError, match="two lists of packages would be installed into env; give each"):
+        check_rewards([one, other])
+    check_rewards([one, RewardConfig(use="a:c", venv="env"), RewardConfig(use="a:d", venv="./env", pip=("a:b",))])
     check_rewards([ocr, RewardConfig(use="a:ocr", role="monitor", name="other")])

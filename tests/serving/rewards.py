@@ -1,5 +1,6 @@
 """Rewards for a service under test: they count what they score in a file, and do what a prompt tells them."""
 
+import multiprocessing
 import os
 import signal
 import time
@@ -45,6 +46,12 @@ class Counted:
         if order == "hang":
             time.sleep(3600)
         if order == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if order == "fork and die":
+            helper = multiprocessing.get_context("fork").Process(target=time.sleep, args=(3600,))
+            helper.start()
+            with (self.folder / "helpers").open("a") as file:
+                file.write(f"{helper.pid}\n")
             os.kill(os.getpid(), signal.SIGKILL)
         if order == "hang once" and not self.marked("hanging"):
             time.sleep(3600)

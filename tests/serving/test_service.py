@@ -90,7 +90,7 @@ def test_a_thousand_pictures_one_worker_killed_midway_none_lost_none_twice(runni
 def test_a_reward_that_raises_is_told_in_one_sentence(running: Running):
     response = post(running, [2001], "raise")
     assert response.status_code == 500
-    assert response.text == "the reward failed: ValueError: this picture is ugly (rewards.py, line 44)\n"
+    assert response.text == "the reward failed: ValueError: this picture is ugly (rewards.py, line 45)\n"
 
 
 def test_the_good_do_not_suffer_for_the_bad(running: Running, folder: Path):
@@ -110,6 +110,17 @@ def test_a_request_that_kills_every_worker_is_given_up_and_no_other(running: Run
     assert "this request ended 3 worker processes" in bad.result().text
     assert [one.result().json()["score"] for one in good] == [[2201], [2202]]
     assert count(folder)[2201] == count(folder)[2202] == 1
+
+
+def test_what_a_dead_worker_had_started_goes_with_it(running: Running, folder: Path):
+    assert "this request ended 3 worker processes" in post(running, [2210], "fork and die").text
+    helpers = [int(pid) for pid in (folder / "helpers").read_text().split()]
+    assert len(helpers) == 3
+    wait_for(lambda: not any(psutil.pid_exists(pid) and not zombie(pid) for pid in helpers))
+
+
+def zombie(pid: int) -> bool:
+    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def test_a_call_that_hangs_is_given_up_and_its_worker_replaced(running: Running):
