@@ -100,7 +100,8 @@ def warm_up(tree: Tree) -> None:
 
 def sampler_from(tree: Tree) -> Sampler:
     config = resolve(tree, Path(), "config.yaml")
-    sampler = make_sampler(config, load_policy(config), make_algorithm(config), shared=False)
+    policy = load_policy(config, config.runtime.offload_idle)
+    sampler = make_sampler(config, policy, make_algorithm(config), shared=False)
     if config.runtime.offload_idle:
         sampler.rest()
     return sampler
@@ -113,7 +114,8 @@ def scorer_from(tree: Tree) -> Scorer:
 def learner_from(tree: Tree, rank: int, size: int, address: str) -> Learner:
     config = resolve(tree, Path(), "config.yaml")
     group = Group.join(address, rank, size, device_of(config)) if size > 1 else None
-    learner = make_learner(config, load_policy(config), make_algorithm(config), group)
+    policy = load_policy(config, config.runtime.offload_idle)
+    learner = make_learner(config, policy, make_algorithm(config), group)
     if config.runtime.offload_idle:
         learner.rest()
     return learner
@@ -165,18 +167,21 @@ def make_scorer(config: RunConfig) -> Scorer:
     return Scorer(config.rewards)
 
 
-def load_policy(config: RunConfig) -> Policy:
-    """The model with what trains attached, as it is before the first update."""
+def load_policy(config: RunConfig, resting: bool = False) -> Policy:
+    """The model with what trains attached, as it is before the first update; ``resting``: in CPU memory for now."""
     memory, device = config.model.memory, device_of(config)
-    family = load_family(config, torch.device("cpu") if memory.offload else device)
+    family = load_family(config, torch.device("cpu") if memory.offload or resting else device)
     names = config.model.train or [next(iter(family.nets))]
     fit(family, memory, names)
-    offloaded, embeddings = placed(family, memory.offload, device), _embeddings(config, family)
+    offloaded, embeddings = placed(family, memory.offload, device, resting), _embeddings(config, family)
     parameters = _trainable(config, family, names)
     try:
-        return Policy(family, config.rollout, parameters, config.model.lora is not None, offloaded, embeddings)
+        policy = Policy(family, config.rollout, parameters, config.model.lora is not None, offloaded, embeddings)
     except ValueError as error:
         raise ValueError(f"rollout: {error}") from error
+    if resting:
+        policy.device = device  # where it will compute
+    return policy
 
 
 def _embeddings(config: RunConfig, family: Family) -> Embeddings | None:

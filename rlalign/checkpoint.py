@@ -54,7 +54,8 @@ class CheckpointConfig(Settings):
     keep: PositiveInt = 3
     """How many of the newest to keep."""
     keep_best: str | None = None
-    """Also keep the checkpoint with the highest value of this metric, say eval/reward/mean; null: only the newest."""
+    """Also keep the checkpoint with the highest value of this metric, say eval/reward/mean; null: only the newest.
+    With max_staleness only eval/... is of the checkpoint's own weights."""
 
 
 class FileRecord(Settings):

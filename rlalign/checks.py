@@ -81,6 +81,12 @@ def _problems(config: "RunConfig") -> Iterator[str]:
         yield "evaluation.weights is ema, but the run keeps none; set ema={decay: 0.9} or evaluation.weights=policy"
     if evaluation.weights == "old" and "old" not in needs.copies:
         yield "evaluation.weights is old, but this algorithm keeps no old policy; set evaluation.weights=policy"
+    best, stale = config.checkpoint.keep_best, config.runtime.max_staleness
+    if best is not None and stale and not best.startswith("eval/"):
+        yield (
+            f"checkpoint.keep_best is {best}, which with runtime.max_staleness {stale} was measured under the weights "
+            "of earlier checkpoints; name a metric of eval/, or set runtime.max_staleness to 0"
+        )
     if evaluation.num_images % evaluation.samples_per_prompt:
         whole = max(1, evaluation.num_images // evaluation.samples_per_prompt) * evaluation.samples_per_prompt
         yield (
@@ -179,6 +185,11 @@ def _no_full(config: "RunConfig") -> Iterator[str]:
         yield (
             "runtime.offload_idle cannot move weights that are cut into parts, as those of several learners are when "
             "model.lora is null; leave it out, or train LoRA"
+        )
+    if len(config.model.train or []) > 1 and config.runtime.learners > 1:
+        yield (
+            "model.train names several nets, which several learners cannot train when model.lora is null: each rank "
+            "would wait at a net that the others' rows need not; name one, set runtime.learners to 1, or train LoRA"
         )
     if config.optimizer.kind == "adamw8bit" and config.runtime.learners > 1:
         yield (

@@ -157,6 +157,16 @@ SETTINGS = [
         ("train", "run.yaml", "optimizer.kind=adamw8bit", "runtime=ray", "runtime.learners=2"),
         ("optimizer.kind adamw8bit cannot step", "runtime.learners to 1"),
     ),
+    Case(
+        "several nets that are cut",
+        ("train", "run.yaml", "model.train=[velocity, other]", "runtime=ray", "runtime.learners=2"),
+        ("model.train names several nets", "name one", "runtime.learners to 1"),
+    ),
+    Case(
+        "the best of other weights",
+        ("train", "run.yaml", "checkpoint.keep_best=reward/mean", "runtime.max_staleness=1"),
+        ("checkpoint.keep_best is reward/mean", "a metric of eval/", "runtime.max_staleness to 0"),
+    ),
     train("all weights of a text encoder", "model.train=[text_encoder]", "trains by LoRA only", "set model.lora"),
     *(
         Case(

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rlalign.build import build, device_of, load_policy, movable, twin
+from rlalign.build import build, device_of, learner_from, load_policy, movable, sampler_from, twin
 from rlalign.config import RunConfig, load, resolve
 from rlalign.loop import Parts
 from rlalign.workers.learner import Learner
@@ -95,6 +95,15 @@ def test_devices(run: Path):
     assert device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     with pytest.raises(ValueError, match=r"runtime.device is cuda:99, but there is no such device"):
         device("cuda:99")
+
+
+def test_who_takes_turns_on_a_gpu_starts_away_from_it(run: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("rlalign.build.device_of", lambda config: torch.device("meta"))  # stands for the GPU
+    turns = ["runtime.kind=ray", "runtime.placement=colocated", "runtime.offload_idle=true"]
+    tree = load(run, turns).tree()
+    for worker in (sampler_from(tree), learner_from(tree, 0, 1, "")):
+        assert {weight.device.type for weight in worker.policy.parameters.values()} == {"cpu"}
+        assert worker.policy.device.type == "meta" and not worker.turn.taken
 
 
 def test_a_size_that_the_model_cannot_make(run: Path):

@@ -82,15 +82,18 @@ def fit(family: Family, config: MemoryConfig, trained: Sequence[str]) -> None:
         _ask_vae(family, "slicing")
 
 
-def placed(family: Family, parts: Sequence[str], device: torch.device) -> Offloaded:
-    """Everything of a family that was loaded on the CPU goes to the device, but for these parts."""
+def placed(family: Family, parts: Sequence[str], device: torch.device, resting: bool = False) -> Offloaded:
+    """Everything of a family that was loaded on the CPU goes to the device, but for these parts.
+
+    ``resting``: not yet.
+    """
     if not parts:
         return Offloaded()
     modules = modules_of(family, "offload")
     waiting = {part: [one for name, one in modules.items() if name.startswith(BEGINNINGS[part])] for part in parts}
     starts = tuple(start for part in parts for start in BEGINNINGS[part])
     for name, module in modules.items():
-        if not name.startswith(starts):
+        if not resting and not name.startswith(starts):
             module.to(device)
     return Offloaded(waiting, device)
 

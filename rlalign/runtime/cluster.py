@@ -74,14 +74,20 @@ class RayRuntime:
         return bool(ray.get_runtime_context().runtime_env.get("working_dir"))
 
     def wait_until_up(self) -> None:
-        """All that have a place are up; what one of them complains of is raised here."""
+        """All that have a place are up; what one of them complains of is raised here.
+
+        Later, one that complains at its start counts as dead.
+        """
         for left in reversed(range(self.config.restarts + 1)):
             try:
-                return self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+                self.engine.wait(lambda: all(pool.settled for pool in self.pools), lambda start, end: None)
+                break
             except LearnersLost:
                 if not left:
                     raise
                 self.recover()
+        for pool in self.pools:
+            pool.begun = True
 
     def members(self) -> list[dict[str, Any]]:
         return [member for pool in self.pools for member in pool.members()]

@@ -88,7 +88,10 @@ class Collective:
 
     def _alive(self, learners: PoolAside, samplers: PoolAside) -> list[int]:
         """The generations that the live learner and samplers are in; none where the learner gives no answer."""
-        learner, *others = self._ask(learners, samplers, self.timeout_s, "generation")
+        ranks = learners.aside("generation")
+        if len(ranks) < learners.size:  # they were lost, and are not back
+            return []
+        learner, *others = samplers.wait_aside([ranks[0], *samplers.aside("generation")], self.timeout_s)
         return [] if isinstance(learner, Exception) else [learner, *(g for g in others if not isinstance(g, Exception))]
 
     def _build(self, learners: PoolAside, samplers: PoolAside, size: int) -> bool:

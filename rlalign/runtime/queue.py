@@ -10,10 +10,13 @@ from rlalign.runtime.worker import Worker
 
 
 class Queue:
-    """``new(hold, worker)``: a call by which this worker comes to hold that."""
+    """``new(hold, worker)``: a call by which this worker comes to hold that.
 
-    def __init__(self, new: Callable[[Hold, int], Call]) -> None:
-        self.new = new
+    ``idle``: whether a worker that nobody waits for comes to hold it, too. Not where others may have its GPU.
+    """
+
+    def __init__(self, new: Callable[[Hold, int], Call], idle: bool = True) -> None:
+        self.new, self.idle = new, idle
         self.ready: list[Call] = []  # a heap: calls for any worker
         self.pinned: dict[int, list[Call]] = defaultdict(list)  # heaps: calls for one worker alone
         self.holding: Hold | None = None
@@ -35,7 +38,7 @@ class Queue:
         ``full``: only one that the driver waits for, however many older ones it does not wait for.
         """
         call = self._oldest_wanted(worker) if full else self._oldest(worker)
-        needed = self.holding if call is None else call.hold
+        needed = self._of_idle(worker) if call is None else call.hold
         if needed is not None and needed is not worker.holding:
             return self._to_hold(worker, needed)
         if call is not None:
@@ -56,6 +59,9 @@ class Queue:
 
     def _of(self, call: Call) -> list[Call]:
         return self.ready if call.worker is None else self.pinned[call.worker]
+
+    def _of_idle(self, worker: Worker) -> Hold | None:
+        return self.holding if self.idle or (id(self.holding), worker.index) in self.acknowledgements else None
 
     def _oldest(self, worker: Worker) -> Call | None:
         return min((queue[0] for queue in (self.ready, self.pinned[worker.index]) if queue), default=None)

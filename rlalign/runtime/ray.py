@@ -59,10 +59,13 @@ class RayPool:
         self.size = len(setups)
         self.workers = [Worker(setup.name, index) for index, setup in enumerate(setups)]
         self.vacancy = Vacancy(role, placement.complaint)
-        self.queue = Queue(lambda hold, worker: self._new(hold.method, hold.args, 1, worker, sets=hold))
+        self.queue = Queue(
+            lambda hold, worker: self._new(hold.method, hold.args, 1, worker, sets=hold), idle=not config.offload_idle
+        )
         self.ledger = Ledger()
         self.ended: list[Span] = []
         self.restarts = self.reissued = 0
+        self.begun = False  # all that had a machine at the beginning are up
         self.logs: Path | None = None
         engine.members.append(self)
         self.feed()
@@ -77,12 +80,13 @@ class RayPool:
         return [self._call(method, args, 1, worker)[0] for worker, args in enumerate(items)]
 
     def broadcast(self, method: str, *args: Any, returns: int = 1) -> list[Any]:
+        """A worker that is given up before it answers gives None."""
         refs = [self._call(method, args, returns, worker.index) for worker in self.workers if not worker.retired]
         return [one[0] if returns == 1 else tuple(one) for one in refs]
 
     def hold(self, method: str, *args: Any) -> list[Ref]:
-        """A worker that dies before it answers gives None; it makes the call when it is back."""
-        told = [worker.index for worker in self.workers if worker.up or (worker.starting and worker.births == 1)]
+        """A worker that dies before it answers gives None; whoever is not up makes the call when it is."""
+        told = [worker.index for worker in self.workers if worker.up]
         return [ref for call in self.queue.hold(Hold(method, args), told) for ref in call.new_refs()]
 
     def get(self, refs: Sequence[Ref]) -> list[Any]:
@@ -263,9 +267,9 @@ class RayPool:
             where, failure = ray.get(found)
         except RayError as error:  # also of what it was to be told by another one, the group's address
             return self._died(worker, in_words(error))
-        if failure is not None and worker.births == 1:
+        if failure is not None and worker.births == 1 and not self.begun:
             raise raised(failure)
-        if failure is not None:  # the first one could start, so another may
+        if failure is not None:  # others could start, so the next one may
             return self._died(worker, in_words(failure.error))
         worker.starting, worker.untried, worker.where, worker.pinged = None, False, where, time.monotonic()
         if worker.births > 1:
@@ -359,6 +363,8 @@ class RayPool:
     def _retire(self, worker: Worker, reason: str) -> None:
         worker.retired = True
         logger.warning("%s died %d times in a row and is given up: %s", worker.name, worker.deaths, reason)
+        for call in self.queue.pinned.pop(worker.index, []):
+            call.finish()
         if all(other.retired for other in self.workers):
             raise WorkerFailure(f"no {self.role} is left, each died {worker.deaths} times in a row: {reason}")
 
@@ -367,6 +373,7 @@ class RayPool:
     def _send(self, worker: Worker, call: Call) -> None:
         failed = next((ref.call.failure for ref in call.inputs() if ref.call.failure is not None), None)
         if failed is not None:
+            worker.holding = call.sets or worker.holding  # else it would be asked again and again
             return call.finish(failed)
         objects: list[Any] = []
         args = with_slots(call.args, objects)

@@ -1,7 +1,8 @@
 """Two pools whose workers share GPUs, one worker of each on every GPU, and take turns there.
 
 Before the workers of one are given work that computes, those of the other put everything that they have on the GPU into
-CPU memory. A worker comes back by itself with its next call, and one that was replaced begins away from the GPU.
+CPU memory. A worker comes back by itself with its next call. Whoever starts, also in the place of one that died, loads
+its model into CPU memory, and is given nothing but what the pool is asked for in its turn.
 """
 
 from collections.abc import Sequence

@@ -137,6 +137,8 @@ def test_everything_goes_to_the_device_but_what_waits(tmp_path: Path, monkeypatc
         assert travels.made[1:] == [("text_encoder", "cuda"), ("text_encoder_2", "cuda")]
     assert travels.made[3:] == [("text_encoder", "cpu"), ("text_encoder_2", "cpu")]  # once, at the very end
     assert placed(family, [], torch.device("cuda")).parts == {} and len(travels.made) == 5
+    rests = placed(family, ["vae"], torch.device("cuda"), resting=True)
+    assert [*rests.parts] == ["vae"] and rests.device == torch.device("cuda") and len(travels.made) == 5
 
 
 def test_weights_that_waited_are_not_copied_back(monkeypatch: pytest.MonkeyPatch):

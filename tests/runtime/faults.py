@@ -116,6 +116,16 @@ def faulty_third(folder: Path) -> Faulty:
     return worker
 
 
+def faulty_late(folder: Path) -> Faulty:
+    """The second process takes as long to start as there is no file `go`, and then complains."""
+    worker = Faulty(folder)
+    if next(number for number in range(100) if worker.once(f"start-{number}")) == 1:
+        while not (folder / "go").exists():
+            time.sleep(0.01)
+        raise OSError("the disk is away")
+    return worker
+
+
 def broken(folder: Path) -> Faulty:
     raise ValueError("there is no such reward")
 

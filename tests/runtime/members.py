@@ -114,6 +114,7 @@ class ProcessPool:
 
     def __init__(self, *make: Callable[[], Any]) -> None:
         self.members = [Member(one) for one in make]
+        self.size = len(make)
         self.held: tuple[str, tuple[Any, ...]] | None = None
         self.get(self.aside("generation"))  # all are up
 

@@ -1,6 +1,7 @@
 """Machines that come and go under a pool and under a run."""
 
 import json
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -62,11 +63,17 @@ def test_a_run_outlives_a_machine(cluster: Cluster, tmp_path: Path, monkeypatch:
     assert cli.run([*run, "--run-dir", "calm"]) == 0
     gate.close()
 
+    def all_up() -> bool:
+        workers = json.loads((tmp_path / "wild/workers.json").read_text())
+        return [worker["state"] for worker in workers if worker["role"] == "sampler"] == ["up"] * 4
+
     def remove() -> None:
         cluster.remove_node(machines[0], allow_graceful=False)
+        while all_up():  # processes outlive their raylet for a while, in which they could do the rest
+            time.sleep(0.01)
         gate.open()
 
-    killer = in_background(gate.reached, remove)
+    killer = in_background(lambda: gate.reached() and all_up(), remove)
     more = ["runtime.kind=ray", "runtime.spares=false", "runtime.samplers=4", "runtime.sampler_labels={pool: samplers}"]
     assert cli.run([*run, *more, "runtime.min_samplers=2", "--run-dir", "wild"]) == 0
     killer.join(30)

@@ -269,6 +269,57 @@ def test_death_while_weights_arrive(make: Make) -> None:
     assert {*pool.get(pool.hold("hold", "after it"))} == {"after it"}  # of those that are up
 
 
+def test_what_hangs_on_something_that_failed_is_held_by_nobody(calm: RayPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a learner that cannot publish. It is asked for once, lest the driver never comes to hear of it."""
+    made, new = [], calm.queue.new
+    monkeypatch.setattr(calm.queue, "new", lambda hold, worker: made.append(worker) or new(hold, worker))
+    failed = calm.submit("complains", "too full")
+    acknowledged = calm.hold("hold", failed)
+    monkeypatch.setattr(calm.queue, "new", lambda hold, worker: pytest.fail("it is asked again"))
+    for refs in ([failed], acknowledged):
+        with pytest.raises(ValueError, match="too full"):
+            calm.get(refs)
+    monkeypatch.undo()
+    assert sorted(made) == [0, 1]
+    assert calm.get(calm.hold("hold", "after it")) == ["after it"] * 2
+
+
+def test_who_joins_late_keeps_nobody_waiting_and_ends_nothing(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its first process needs long for its start, at the end of which it complains."""
+    machines = {0}
+    monkeypatch.setattr(Placement, "ready", lambda placement, role, index: index in machines)
+    pool = make(2, build=faults.faulty_late)
+    machines.add(1)
+    until(pool, lambda: pool.workers[1].starting is not None)
+    acknowledged = pool.hold("hold", "new")
+    assert len(acknowledged) == 1 and pool.get(acknowledged) == ["new"]
+    (tmp_path / "go").touch()
+    until(pool, lambda: pool.workers[1].up)
+    assert pool.counters()["runtime/restarts/sampler"] == 1
+    assert pool.get(pool.broadcast("held", 1)) == [(1, "new")] * 2
+
+
+def test_nobody_waits_for_a_worker_that_is_given_up(make: Make) -> None:
+    pool = make(2, restarts=0)
+    first, second = (member["pid"] for member in pool.members())
+    os.kill(first, signal.SIGKILL)
+    refs = [ref for _ in range(3) for ref in pool.broadcast("pid")]
+    until(pool, lambda: all(ref.call.done for ref in refs))
+    assert pool.workers[0].retired and pool.get(refs) == [None, second] * 3
+
+
+def test_who_comes_back_is_told_nothing_while_others_have_its_gpu(make: Make) -> None:
+    pool = make(1, restarts=3, placement="colocated", offload_idle=True)
+    assert pool.get(pool.hold("hold", "new")) == ["new"]
+    os.kill(pool.members()[0]["pid"], signal.SIGKILL)
+    until(pool, lambda: pool.restarts == 1 and pool.workers[0].up)
+    pool.feed()
+    assert not pool.workers[0].running
+    assert pool.get([pool.submit("held", 1)]) == [(1, "new")]
+
+
 @pytest.mark.parametrize(("method", "limits"), [("stops_once", "ping_timeout_s"), ("hangs_once", "call_timeout_s")])
 def test_a_worker_that_hangs_is_replaced(make: Make, method: str, limits: str) -> None:
     pool = make(2, restarts=3)

@@ -257,6 +257,15 @@ def test_what_the_broadcast_damaged_comes_from_the_store(
     assert holds(learners, pool) and collective.size == 0
 
 
+def test_no_sampler_stands_for_learners_that_are_not_back(
+    learners: ProcessPool, samplers: Callable[..., ProcessPool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pool, collective = samplers(members.make_sampler, members.make_sampler), publisher(from_store, SHORT_S)
+    monkeypatch.setattr(learners, "aside", lambda method, *args: [])
+    collective.publish(learners, pool, 0)
+    assert (collective.generation, collective.size) == (0, 0) and holds(learners, pool)
+
+
 def test_without_samplers_there_is_no_group(learners: ProcessPool, samplers: Callable[..., ProcessPool]) -> None:
     collective = publisher(from_store)
     collective.publish(learners, samplers(), 0)
