@@ -235,7 +235,7 @@ def train(name: str, seed: int, to: Path, script: str = __file__) -> None:
 
 
 def table(results: Sequence[Result]) -> str:
-    """A row a run, then a row of means an algorithm, best first."""
+    """A row of means an algorithm, best first, with the costs of its last seed; then a row a run."""
     head = "| | seed | before | " + " | ".join(f"{step} steps" for step, _ in results[0].curve[1:])
     lines = [f"{head} | diversity | path KL, nats | images | network passes | of these with graph | CPU s |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
@@ -250,11 +250,11 @@ def table(results: Sequence[Result]) -> str:
 def _row(name: str, seed: str, results: Sequence[Result]) -> str:
     rewards = zip(*([reward for _, reward in result.curve] for result in results), strict=True)
     curve = " | ".join(f"{fmean(values):.3f}" for values in rewards)
-    first = results[0]
-    diversity, kl, cpu = (fmean(getattr(r, key) for r in results) for key in ("diversity", "path_kl", "cpu_s"))
+    last = results[-1]
+    diversity, kl = (fmean(getattr(r, key) for r in results) for key in ("diversity", "path_kl"))
     return (
-        f"| {name} | {seed} | {curve} | {diversity:.2f} | {kl:.3g} | {first.images:,} | {first.passes:,} | "
-        f"{first.with_graph:,} | {cpu:.0f} |"
+        f"| {name} | {seed} | {curve} | {diversity:.2f} | {kl:.3g} | {last.images:,} | {last.passes:,} | "
+        f"{last.with_graph:,} | {last.cpu_s:.0f} |"
     )
 
 

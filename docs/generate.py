@@ -104,9 +104,9 @@ def comparison() -> Iterator[str]:
     yield "|---" * (len(steps) + 7) + "|"
     for name, runs in compared().items():
         curve = " | ".join(f"{_mean(runs, lambda run, i=i: run['curve'][i][1]):.3f}" for i in range(len(steps)))
-        ends = [_mean(runs, lambda run, key=key: run[key]) for key in ("diversity", "path_kl", "cpu_s")]
-        rows = f"{runs[0]['passes']:,} | {runs[0]['with_graph']:,}"
-        yield f"| {name} | {len(runs)} | {curve} | {ends[0]:.2f} | {ends[1]:.3g} | {rows} | {ends[2]:.0f} |"
+        diversity, kl = (_mean(runs, lambda run, key=key: run[key]) for key in ("diversity", "path_kl"))
+        costs = "{passes:,} | {with_graph:,} | {cpu_s:.0f}".format(**runs[-1])
+        yield f"| {name} | {len(runs)} | {curve} | {diversity:.2f} | {kl:.3g} | {costs} |"
 
 
 SAME = {"online_dpo": "dpo"}  # presets that set nothing but their name
@@ -130,7 +130,7 @@ def curve(name: str) -> Iterator[str]:
     yield (
         f"{steps} steps of {runs[0]['images'] // steps} images, {_seeds(len(runs))}: held-out composition accuracy"
         f" {first:.3f} → {last:.3f}, {kl:.3g} nats from the base model, diversity {diversity:.2f},"
-        f" {runs[0]['passes']:,} passes of the network. [All algorithms side by side](../comparison.md)."
+        f" {runs[-1]['passes']:,} passes of the network. [All algorithms side by side](../comparison.md)."
     )
     yield ""
     yield f"![{name} among the others](../assets/comparison/{name.partition(' ')[0]}.png)"
