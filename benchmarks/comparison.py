@@ -33,13 +33,15 @@ import matplotlib.pyplot as plt
 
 STEPS, EVERY = 30, 10
 KL_SAMPLES = 64
+SHOWN = 9  # rows in colour where all are in one picture
+PUBLISHED_RECIPE = "flow_grpo (published)"
 FORWARD = "optimizer.lr=7e-4 algorithm.num_times=4"
 SLOW = "optimizer.lr=2e-4 algorithm.num_times=4"
 CHAIN = "optimizer.lr=5e-4"
 PUBLISHED = Path(__file__).parents[1] / "docs" / "assets" / "comparison"
 ROWS: dict[str, str] = {
     "nft": "",
-    "flow_grpo (published)": "algorithm=grpo rollout.window=null rollout.num_steps=10 rollout.last_step=sde_untrained "
+    PUBLISHED_RECIPE: "algorithm=grpo rollout.window=null rollout.num_steps=10 rollout.last_step=sde_untrained "
     "optimizer.lr=3e-4 algorithm.kl_weight=0.04 algorithm.kl_form=no_tau algorithm.updates_per_step=2",
     "grpo": f"algorithm=grpo {CHAIN}",
     "awm": f"algorithm=awm {FORWARD}",
@@ -239,11 +241,9 @@ def table(results: Sequence[Result]) -> str:
     head = "| | seed | before | " + " | ".join(f"{step} steps" for step, _ in results[0].curve[1:])
     lines = [f"{head} | diversity | path KL, nats | images | network passes | of these with graph | CPU s |"]
     lines.append("|---" * (lines[0].count("|") - 1) + "|")
-    names = dict.fromkeys(result.name for result in results)
-    of = {name: [result for result in results if result.name == name] for name in names}
-    best = sorted(names, key=lambda name: -fmean(result.final for result in of[name]))
-    lines += [_row(f"**{name}**", f"mean of {len(of[name])}", of[name]) for name in best]
-    lines += [_row(name, str(result.seed), [result]) for name in best for result in of[name]]
+    of = {name: [result for result in results if result.name == name] for name in best(results)}
+    lines += [_row(f"**{name}**", f"mean of {len(same)}", same) for name, same in of.items()]
+    lines += [_row(name, str(result.seed), [result]) for name, same in of.items() for result in same]
     return "\n".join(lines) + "\n"
 
 
@@ -258,27 +258,35 @@ def _row(name: str, seed: str, results: Sequence[Result]) -> str:
     )
 
 
-def plot(results: Sequence[Result], path: Path, highlighted: str | None = None) -> None:
-    """Means over seeds against passes of the network; ``highlighted`` in colour, the others grey."""
+def plot(results: Sequence[Result], path: Path, loud: Sequence[str]) -> None:
+    """Means over seeds against passes of the network; those called ``loud`` in colour, the others grey.
+
+    One that is loud alone is shown with its seeds.
+    """
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for number, name in enumerate(dict.fromkeys(result.name for result in results)):
+    for name in (*({result.name for result in results} - {*loud}), *loud):
         same = [result for result in results if result.name == name]
         steps = [step for step, _ in same[0].curve]
         means = [fmean(r.curve[i][1] for r in same) for i in range(len(steps))]
-        passes = [step * same[0].passes / steps[-1] / 1000 for step in steps]
-        loud = highlighted is None or name == highlighted
-        style: dict[str, Any] = {"color": f"C{number % 10}", "ls": ("-", "--", ":")[number // 10]}
-        if not loud:
-            style = {"color": "0.85"}
-        axes.plot(passes, means, label=name if loud else None, zorder=2 + loud, **style)
-        if name == highlighted:
-            for result in same:
-                axes.plot(passes, [reward for _, reward in result.curve], color=style["color"], alpha=0.35, zorder=2)
+        passes = [step * same[-1].passes / steps[-1] / 1000 for step in steps]
+        if name not in loud:
+            axes.plot(passes, means, color="0.85")
+            continue
+        color = f"C{loud.index(name)}"
+        axes.plot(passes, means, color=color, label=name, zorder=3)
+        for result in same if len(loud) == 1 else ():
+            axes.plot(passes, [reward for _, reward in result.curve], color=color, alpha=0.35, zorder=2)
     axes.set(xlabel="thousand passes of the network", ylabel="held-out composition accuracy")
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def best(results: Sequence[Result]) -> list[str]:
+    """Names, by their mean at the end."""
+    means = {name: fmean(r.final for r in results if r.name == name) for name in {r.name for r in results}}
+    return sorted(means, key=lambda name: -means[name])
 
 
 def main() -> None:
@@ -302,9 +310,9 @@ def main() -> None:
     results = with_published(new, PUBLISHED / "results.json")
     (chosen.to / "table.md").write_text(table(results))
     (chosen.to / "results.json").write_text(json.dumps([asdict(result) for result in results], indent=1) + "\n")
-    plot(results, chosen.to / "curves.png")
+    plot(results, chosen.to / "curves.png", [*best(results)[:SHOWN], PUBLISHED_RECIPE])
     for name in dict.fromkeys(result.name for result in results):
-        plot(results, chosen.to / "curves" / f"{name.partition(' ')[0]}.png", name)
+        plot(results, chosen.to / "curves" / f"{name.partition(' ')[0]}.png", [name])
     if chosen.docs:
         shutil.copytree(chosen.to / "curves", PUBLISHED, dirs_exist_ok=True)
         for name in ("curves.png", "results.json"):

@@ -68,5 +68,5 @@ def test_the_table_has_the_best_first_and_every_run(benchmark, tmp_path: Path):
     lines = benchmark.table(runs).splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == ["**b**", "**a**", "b", "b", "a", "a"]
     assert {line.count("|") for line in lines} == {lines[0].count("|")} and "| 0.700 |" in lines[2]
-    benchmark.plot(runs, tmp_path / "curves.png", "b")
+    benchmark.plot(runs, tmp_path / "curves.png", ["b"])
     assert (tmp_path / "curves.png").stat().st_size > 1000
