@@ -9,6 +9,7 @@ for the width of steps.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -108,6 +109,9 @@ def test_weights_of_steps_cost_reward(seeds: tuple[int, ...], measured: Callable
         assert share < 0.97
 
 
+CALM = replace(anchored.SHORT, steps=32, first=0.4)
+"""A whole tilt is far: in 16 steps, the first of 0.8, seed 3 goes astray and is not back in time (share 0.957)."""
+
 TILTED = Quadratic(torch.zeros(2, 2).double(), anchored.A)
 
 
@@ -131,7 +135,7 @@ def test_an_anchored_method_is_on_the_frontier_of_the_tilt(
     """RVM with weights in t alike; KL of the tilt is aᵀSa/(2β²)."""
     size = anchored.STD**2 * float(anchored.A @ anchored.A)
     for seed in seeds:
-        found = anchored.trained(anchored.METHODS["rvm"](beta), seed, anchored.SHORT, beta)
+        found = anchored.trained(anchored.METHODS["rvm"](beta), seed, CALM, beta)
         policy = memoryless(found)
         kl, reward = point(policy, built(METHODS["grpo"](1.0)), seed + 1000, TILTED)
         above, bound = excess(kl, reward, lambda kl, at=policy: frontier(kl, at, TILTED))
@@ -144,7 +148,7 @@ def test_an_anchored_method_is_on_the_frontier_of_the_tilt(
 
 def test_an_anchor_with_other_weights_in_time_is_below(measured: Callable[..., None]):
     config = anchored.METHODS["rvm"](1.0).model_copy(update={"weighting": "t2"})
-    found = anchored.trained(config, 0, anchored.SHORT, 1.0)
+    found = anchored.trained(config, 0, CALM, 1.0)
     policy = memoryless(found)
     kl, reward = point(policy, built(METHODS["grpo"](1.0)), 1000, TILTED)
     share = reward.mean / frontier(kl.mean, policy, TILTED)
