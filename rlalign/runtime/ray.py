@@ -330,12 +330,12 @@ class RayPool:
         what, fresh = worker.described, not worker.finished
         running = [one.call for one in worker.running if not one.call.dropped]
         self._vacate(worker)
-        self._issue_again(running, fresh, what, reason)
+        again = self._issue_again(running, fresh, what, reason)
         if worker.deaths > self.config.restarts:
             self._retire(worker, reason)
         else:
             worker.resume_at = time.monotonic() + worker.pause
-            logger.warning("%s died: %s; it is replaced, %d calls are issued again", what, reason, len(running))
+            logger.warning("%s died: %s; it is replaced, calls issued again: %d", what, reason, again)
             self.placement.renew(self.role, worker.index)
         self.engine.changed()
 
@@ -348,7 +348,9 @@ class RayPool:
         worker.vacate()
         self.queue.skip_acknowledgements(worker.index)
 
-    def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> None:
+    def _issue_again(self, calls: list[Call], fresh: bool, what: str, reason: str) -> int:
+        """How many were; WorkerFailure for one that kills whoever makes it."""
+        before = self.reissued
         for number, call in enumerate(calls):
             if call.sets is not None:  # an acknowledgement: the next process makes the call of itself
                 call.finish()
@@ -359,6 +361,7 @@ class RayPool:
                 whom = f"{POISON} fresh {self.role}s, the last of them {what}"
                 raise WorkerFailure(f"{call.describe()}, seed {self.seed}, killed {whom}: {reason}")
             self.queue.put(call)
+        return self.reissued - before
 
     def _retire(self, worker: Worker, reason: str) -> None:
         worker.retired = True
