@@ -126,8 +126,8 @@ class Counter:
             self.counting, self.cpu = False, self.cpu + time.process_time()
 
         build.load_policy, loop.judge, command.run_loop = load_policy, uncounted(judge), loop_counted
-        Policy._guided = guided_and_counted  # pyright: ignore[reportAttributeAccessIssue]
-        Learner.drift = uncounted(drift)  # pyright: ignore[reportAttributeAccessIssue]
+        Policy._guided = guided_and_counted
+        Learner.drift = uncounted(drift)
 
 
 def path_kl(policy: Any, prompts: Sequence[Any]) -> float:

@@ -23,11 +23,10 @@ from rlalign.files import write_atomically
 from rlalign.loop import Parts
 from rlalign.prompts import PromptSet, read, read_image
 from rlalign.prompts.sources import Part
-from rlalign.reporting.grids import save_grid
+from rlalign.reporting.grids import GRID, save_grid
 from rlalign.types import Size
 
 BASE = "base"
-GRID = "grid.png"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 

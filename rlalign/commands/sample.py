@@ -22,7 +22,7 @@ from rlalign.files import in_words
 from rlalign.mdp.noise import Noise
 from rlalign.paths import ZOO, model_path
 from rlalign.prompts import read, read_image
-from rlalign.reporting.grids import save_grid
+from rlalign.reporting.grids import GRID, save_grid
 from rlalign.rundir import RunDir
 from rlalign.types import Prompt, Size, Unit
 from rlalign.workers.sampler import Sampler
@@ -68,7 +68,7 @@ def sample(wish: Wish) -> int:
         _save(wish, pictures, [prompt.text for prompt in prompts], initial)
     print(f"weights      {_described(model)}")
     print(f"sampling     {plan.num_steps} steps of {plan.solver}, guidance {plan.guidance_scale:g}, seed {wish.seed}")
-    print(f"pictures     {wish.to / 'grid.png'} and {len(pictures)} single ones beside it")
+    print(f"pictures     {wish.to / GRID} and {len(pictures)} single ones beside it")
     if wish.latents_out:
         print(f"latents      {wish.latents_out}")
     return 0
@@ -156,7 +156,7 @@ def _save(wish: Wish, pictures: Tensor, captions: list[str], initial: Tensor) ->
             for number, frame in enumerate(frames):
                 name = f"{row // wish.num:03d}_{row % wish.num:02d}" + (f"_{number:03d}" if len(frames) > 1 else "")
                 Image.fromarray(frame.permute(1, 2, 0).numpy()).save(wish.to / f"{name}.png")
-    save_grid(pictures.unflatten(0, (-1, wish.num)), captions, wish.to / "grid.png")
+    save_grid(pictures.unflatten(0, (-1, wish.num)), captions, wish.to / GRID)
     if wish.latents_out:
         with in_words(f"write {wish.latents_out}"):
             wish.latents_out.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from rlalign.workers.shown import shown
 
 SHORTEST = 96  # pixels that a picture's shorter side should have, to be seen; see `shown` for the longer one
 GAP, MARGIN, TEXT, LINES = 4, 12, 13, 2
+GRID = "grid.png"  # what the contact sheet of a folder of pictures is called
 INK, PAPER = "#24292f", "#ffffff"
 
 

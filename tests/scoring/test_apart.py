@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from rlalign.scoring import RewardConfig, RewardError, Scoring, apart, environment, load_reward, load_rewards
+from rlalign.scoring.call import call
 from rlalign.types import Prompt, Unit
 from tests.scoring import environments
 from tests.scoring.helpers import numbered_images
@@ -159,12 +160,12 @@ def test_a_child_that_has_become_full_is_replaced_and_a_fresh_one_is_not(folder:
 
 
 def test_a_coroutine_that_is_late_costs_no_child(folder: Path) -> None:
-    late = load_reward(settings("late", timeout_s=0.3), folder).function
+    late = load_reward(settings("late", timeout_s=0.3), folder)
     images, calm = numbered_images(2), [Prompt("a cat")] * 2
-    before = late(images, calm)["score"]  # type: ignore[index]
+    before = call(late, images, calm).score
     with pytest.raises(apart.TimedOut, match=r"no answer within 0\.3 s$"):
-        late(images, [Prompt("hang")] * 2)
-    assert late(images, calm)["score"] == before  # type: ignore[index]
+        call(late, images, [Prompt("hang")] * 2)
+    assert call(late, images, calm).score.tolist() == before.tolist()
 
 
 def test_a_child_that_never_loads_is_given_up(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
